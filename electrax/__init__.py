@@ -1,0 +1,1 @@
+"""electrax: pretrain and fine-tune ELECTRA text encoders in JAX."""

@@ -1,0 +1,5 @@
+"""`python -m electrax` is the command `electrax`."""
+
+from electrax.cli import main
+
+main()

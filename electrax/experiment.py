@@ -1,0 +1,272 @@
+"""Composes the parts: configs into objects, objects into a run. The one place where a name becomes an object."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from electrax.config import UserError, build, read_toml, to_toml
+from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
+from electrax.data.prepare import PrepareConfig, Progress, prepare
+from electrax.data.shards import write_atomically
+from electrax.data.tokenizer import Tokenizer
+from electrax.models.flops import pretraining_step
+from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
+from electrax.tasks.base import Batch, Params
+from electrax.tasks.corruption import slot_count
+from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
+from electrax.training.checkpoint import CheckpointConfig, Checkpoints
+from electrax.training.evaluate import make_evaluate
+from electrax.training.loop import EvalConfig, LogConfig, Record, train
+from electrax.training.optim import OptimizerConfig, make_optimizer
+from electrax.training.sharding import MeshConfig, make_mesh, put_batch, row_ways
+from electrax.training.state import TrainState, abstract_state, choose_microbatch, fresh_state, make_step
+
+CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
+MAY_CHANGE = {"workdir", "steps", "epochs", "init_from", "checkpoint", "eval", "log", "mesh"}  # when a run is resumed
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`path`: a directory made by `electrax prepare`, or text (file, folder, glob), or "sample" for the bundled books.
+    Text is prepared into the work directory first, as the other keys say; for a prepared directory its manifest says."""
+
+    path: str = ""
+    tokenizer: str = "wordpiece"
+    vocab_size: int = 30522
+    lowercase: bool = True
+    layout: Literal["packed", "segments"] = "packed"
+    max_length: int = 128
+    holdout: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run. `steps`, or `epochs` over the training rows."""
+
+    task: Literal["pretrain"] = "pretrain"
+    workdir: str = ""
+    seed: int = 0
+    steps: int = 0
+    epochs: float = 0.0
+    batch_size: int = 128
+    init_from: str = ""
+    faithful: bool = False
+    model: ModelConfig = ModelConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if not self.workdir:
+            raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
+        if (self.steps > 0) == (self.epochs > 0):
+            raise UserError(f"exactly one of steps and epochs must be above 0, not steps {self.steps} and epochs {self.epochs}")
+        for key, value in {"batch_size": self.batch_size, "log.every": self.log.every, "eval.every": self.eval.every}.items():
+            if value < 1:
+                raise UserError(f"{key} must be at least 1, not {value}")
+        for key in ("mask_prob", "keep_prob", "random_prob"):
+            if not 0 <= getattr(self.objective, key) <= 1:
+                raise UserError(f"objective.{key} must lie between 0 and 1, not {getattr(self.objective, key)}")
+
+
+def open_corpus(config: PretrainConfig, progress: Callable[[Progress], None]) -> tuple[PretrainConfig, Corpus]:
+    """The rows that `data.path` names, prepared first where it names text, and the config with what they are."""
+    data, workdir = config.data, pathlib.Path(config.workdir)
+    if not data.path:
+        raise UserError('data.path is empty; it names a prepared directory, a text, or "sample" for the bundled books')
+    path = pathlib.Path(data.path)
+    if not (path / MANIFEST_FILE).is_file():
+        texts = str(sample_path()) if data.path == "sample" else data.path
+        path = workdir / "data"
+        options = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name != "path"}
+        wanted = PrepareConfig(texts=(texts,), out=str(path), seed=config.seed, **options)
+        if not (path / MANIFEST_FILE).is_file():
+            workdir.mkdir(parents=True, exist_ok=True)
+            prepare(wanted, progress)
+    corpus = Corpus.open(path)
+    manifest = corpus.manifest
+    for split in ("train", "valid"):
+        if not corpus.size(split):
+            raise UserError(f"{path}: the split {split} has no rows; prepare more text or a larger --holdout")
+    kept = dataclasses.replace(
+        data, vocab_size=manifest.vocab_size, layout=manifest.layout, max_length=manifest.max_length
+    )
+    return dataclasses.replace(config, data=kept), corpus
+
+
+def make_task(config: PretrainConfig, vocab_size: int, special_ids: dict[str, int], corpus: Corpus | None) -> PretrainTask:
+    """The objective over a vocabulary. Without a corpus it can do everything but read batches."""
+    if config.data.max_length > config.model.max_length:
+        raise UserError(
+            f"model.max_length is {config.model.max_length}, but the rows have {config.data.max_length} tokens"
+        )
+    discriminator = discriminator_shape(config.model, vocab_size)
+    masked_lm_alone = config.objective.kind == "mlm"
+    generator = discriminator if masked_lm_alone else generator_shape(config.model, config.generator, discriminator)
+    return PretrainTask(
+        objective=config.objective,
+        discriminator=discriminator,
+        generator=generator,
+        special=SpecialIds(**{role: special_ids[role] for role in ("pad", "cls", "sep", "mask")}),
+        layout=config.data.layout,
+        shared_embeddings=masked_lm_alone or config.generator.embeddings == "shared",
+        faithful=config.faithful,
+        corpus=corpus,
+        batch_size=config.batch_size,
+        eval_rows=config.eval.rows,
+        seed=config.seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a training needs, made and checked, with the step compiled."""
+
+    config: PretrainConfig
+    task: PretrainTask
+    tokenizer: Tokenizer
+    mesh: Mesh
+    microbatch: int
+    steps: int
+    start: int
+    state: TrainState
+    step_function: Callable
+    evaluate: Callable[[Params], tuple[dict[str, float], dict[str, np.ndarray]]]
+    checkpoints: Checkpoints
+    memory_bytes: int
+    flops_per_step: float
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.data.max_length
+
+    def train(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+        return train(
+            self.task,
+            self.state,
+            self.step_function,
+            self.evaluate,
+            self.checkpoints,
+            self.mesh,
+            steps=self.steps,
+            eval_every=self.config.eval.every,
+            save_every=self.config.checkpoint.every,
+            log_every=self.config.log.every,
+            stop=stop,
+        )
+
+
+def set_up(config: PretrainConfig, progress: Callable[[Progress], None] = lambda _: None) -> Run:
+    """Prepares what is not there yet and checks that everything fits, before step 0. Resumes from the newest whole
+    checkpoint of the work directory; otherwise starts fresh, from the weights of `init_from` if given."""
+    mesh = make_mesh(config.mesh)
+    ways = row_ways(mesh)
+    if config.batch_size % ways:
+        larger = math.ceil(config.batch_size / ways) * ways
+        raise UserError(f"batch_size {config.batch_size} does not divide over {ways} devices; the next one that does is {larger}")
+    config, corpus = open_corpus(config, progress)
+    tokenizer = corpus.tokenizer()
+    steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)
+    keep_config(config, tokenizer)
+    task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, corpus)
+    microbatch = choose_microbatch(
+        config.optimizer.microbatch, config.batch_size // ways, config.data.max_length, jax.default_backend()
+    )
+    optimizer = make_optimizer(config.optimizer, steps)
+    example = {"ids": corpus.rows("train", np.zeros(config.batch_size, np.int64))}
+    abstract = abstract_state(task, optimizer, example, mesh)
+    checkpoints = Checkpoints(pathlib.Path(config.workdir) / "checkpoints", config.checkpoint.keep)
+    restored = checkpoints.restore(abstract)
+    start, state = restored or (0, fresh_state(task, optimizer, example, abstract, config.seed))
+    if restored is None and config.init_from:
+        state = state.replace(params=load_params(config.init_from, abstract.params))
+    step_function = make_step(task, optimizer, abstract, mesh, microbatch, config.seed)
+    compiled = step_function.lower(state, put_batch(example, mesh)).compile()
+    memory = compiled.memory_analysis()
+    return Run(
+        config=config,
+        task=task,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        microbatch=microbatch,
+        steps=steps,
+        start=start,
+        state=state,
+        step_function=compiled,
+        evaluate=make_evaluate(task, mesh),
+        checkpoints=checkpoints,
+        memory_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0,
+        flops_per_step=pretraining_step(
+            task.generator,
+            task.discriminator if task.detects else None,
+            config.batch_size,
+            config.data.max_length,
+            slot_count(config.data.max_length, config.objective.mask_prob),
+        ),
+    )
+
+
+def keep_config(config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    """Writes config.toml and the tokenizer into the work directory. Raises UserError where a run is kept there
+    already that this one does not continue."""
+    workdir = pathlib.Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / CONFIG_FILE).is_file():
+        before, now = dataclasses.asdict(read_config(workdir)), dataclasses.asdict(config)
+        for key, old, new in _differences(before, now):
+            if key.split(".")[0] not in MAY_CHANGE and key != "optimizer.microbatch":
+                raise UserError(
+                    f"{workdir} holds a run with {key} = {old!r}, now it is {new!r}; take another workdir to start a new run"
+                )
+        if Tokenizer.load(workdir).sha256 != tokenizer.sha256:
+            raise UserError(f"{workdir} holds a run with another tokenizer than that of {config.data.path}")
+    tokenizer.save(workdir)
+    write_atomically(workdir / CONFIG_FILE, to_toml(config))
+
+
+def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key, value in now.items():
+        if isinstance(value, dict):
+            yield from _differences(before[key], value, f"{prefix}{key}.")
+        elif before[key] != value:
+            yield prefix + key, before[key], value
+
+
+def read_config(workdir: str | os.PathLike) -> PretrainConfig:
+    """The resolved config of a run; raises UserError where the directory holds none."""
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the work directory of an electrax run")
+    return build(PretrainConfig, read_toml(path), str(path))
+
+
+def load_params(workdir: str | os.PathLike, like: Params | None = None) -> Params:
+    """The parameters in the newest whole checkpoint of a run; `like` says the shapes and shardings they must have."""
+    config = read_config(workdir)
+    tokenizer = Tokenizer.load(workdir)
+    task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    example: Batch = {"ids": np.zeros((1, config.data.max_length), np.uint16)}
+    abstract = abstract_state(task, make_optimizer(config.optimizer, 1), example, mesh)
+    restored = Checkpoints(pathlib.Path(workdir) / "checkpoints", config.checkpoint.keep).restore(abstract)
+    if restored is None:
+        raise UserError(f"{workdir}: no checkpoint yet")
+    params = restored[1].params
+    if like is None:
+        return params
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, like)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"init_from {workdir}: its model has other shapes or parts than this run's")
+    return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, like))

@@ -1,0 +1,83 @@
+"""Scaled dot-product attention and multi-head self-attention."""
+
+import functools
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from electrax.models.dropout import Seed, dropout
+from electrax.models.linear import Linear
+
+Implementation = Literal["plain", "xla", "cudnn"]
+Mask = Bool[Array, "B 1 Q L"]  # True = attend; Q is L, or 1 when every query of a row sees the same keys
+
+
+def dot_product_attention(
+    q: Float[Array, "B L H K"],
+    k: Float[Array, "B L H K"],
+    v: Float[Array, "B L H K"],
+    mask: Mask,
+    *,
+    implementation: Implementation = "plain",
+    dropout_rate: float = 0.0,
+    seed: Seed | None = None,
+) -> Float[Array, "B L H K"]:
+    """softmax(q kᵀ / √K + mask) v, with the softmax in float32.
+
+    A masked key gets a weight of exactly 0 (the reference adds -10000, which underflows to the same 0). A query that
+    may attend to nothing returns an unspecified finite value. Dropout on the weights always takes the plain path, which is
+    the only one that has it.
+    """
+    if implementation != "plain" and (seed is None or dropout_rate == 0.0):
+        full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
+        return jax.nn.dot_product_attention(q, k, v, mask=full, implementation=implementation)
+    scores = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = dropout(weights, dropout_rate, seed).astype(v.dtype)
+    return jnp.einsum("bhlm,bmhk->blhk", weights, v)
+
+
+def rotate(x: Float[Array, "B L H K"], positions: Int[Array, "B L"]) -> Float[Array, "B L H K"]:
+    """Rotary position embedding (Su et al. 2021, RoFormer), base 10000, halves of K paired."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None] * frequency
+    sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused product for queries, keys and values: [B, L, D] -> [B, L, D]."""
+
+    heads: int
+    rotary: bool = False
+    qk_norm: bool = False
+    use_bias: bool = True
+    dropout_rate: float = 0.0
+    implementation: Implementation = "plain"
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    output_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Mask, positions: Int[Array, "B L"], seed: Seed | None = None
+    ) -> Float[Array, "B L D"]:
+        width = x.shape[-1]
+        linear = functools.partial(Linear, use_bias=self.use_bias, dtype=self.dtype)
+        # heads come first, so that a mesh can divide them while queries, keys and values stay one product
+        qkv = linear((self.heads, 3, width // self.heads), kernel_init=self.kernel_init, name="qkv")(x)
+        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
+        if self.qk_norm:
+            q = nn.RMSNorm(dtype=self.dtype, name="query_norm")(q)
+            k = nn.RMSNorm(dtype=self.dtype, name="key_norm")(k)
+        if self.rotary:
+            q, k = rotate(q, positions), rotate(k, positions)
+        mixed = dot_product_attention(
+            q, k, v, mask, implementation=self.implementation, dropout_rate=self.dropout_rate, seed=seed
+        )
+        return linear(width, inputs=2, kernel_init=self.output_init, name="output")(mixed)

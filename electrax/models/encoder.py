@@ -1,0 +1,203 @@
+"""The encoder both towers are made of, its embeddings, and the sizes of the paper."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from electrax.models.attention import Implementation, Mask, SelfAttention
+from electrax.models.dropout import Seed, dropout, fold
+from electrax.models.linear import Linear
+
+VOCABULARY_MULTIPLE = 128  # the word table is padded to it, so that it divides over devices and fills matrix units
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and numerics of one tower. `electra` is the reference's post-norm body, `modern` a pre-norm rotary one."""
+
+    vocab_size: int
+    layers: int = 12
+    width: int = 256
+    heads: int = 4
+    feed_forward: int = 1024
+    embedding_width: int = 128
+    max_length: int = 512
+    body: Literal["electra", "modern"] = "electra"
+    qk_norm: bool = False
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    attention: Implementation = "plain"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = False
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        if self.body == "modern" and self.width // self.heads % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.width // self.heads}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def modern(self) -> bool:
+        return self.body == "modern"
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.compute_dtype)
+
+    def kernel_init(self, residual: bool = False) -> nn.initializers.Initializer:
+        """electra: normal σ = .02 cut at 2σ without variance correction (real σ ≈ .0176). modern: variance 1/fan-in,
+        with the layers that write into the residual stream scaled down by √(2N)."""
+        if not self.modern:
+            return truncated_normal
+        return nn.initializers.variance_scaling(1 / (2 * self.layers) if residual else 1.0, "fan_in", "truncated_normal")
+
+    def norm(self, name: str) -> nn.LayerNorm:
+        """LayerNorm with float32 statistics; without a bias, and with a larger epsilon, in the modern body."""
+        epsilon = 1e-6 if self.modern else 1e-12
+        return nn.LayerNorm(
+            epsilon, dtype=self.dtype, use_bias=not self.modern, use_fast_variance=False, name=name
+        )
+
+
+def truncated_normal(key, shape, dtype=jnp.float32) -> jax.Array:
+    """Normal of σ = .02 cut at ±2σ, as the reference initialises everything but projections and output layers."""
+    return 0.02 * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+
+
+@jax.custom_jvp
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x Φ(x) by the error function, not the tanh approximation."""
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    cdf = _normal_cdf(x)
+    slope = cdf + x * jnp.exp(-0.5 * x * x) * np.sqrt(0.5 / np.pi).astype(x.dtype)
+    return x * cdf, slope * t
+
+
+class Embeddings(nn.Module):
+    """Word + position + type embeddings and their LayerNorm: ids [B, L] -> [B, L, E]. Both towers share one set."""
+
+    config: EncoderConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(c.embedding_width**-0.5) if c.modern else truncated_normal
+        self.word = self.param("word", init, (c.padded_vocab_size, c.embedding_width))
+        if not c.modern:
+            self.position = self.param("position", init, (c.max_length, c.embedding_width))
+        self.type = self.param("type", init, (2, c.embedding_width))
+        self.norm = c.norm(None)
+
+    def __call__(
+        self, ids: Int[Array, "B L"], types: Int[Array, "B L"] | None = None, positions: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B L E"]:
+        """`types` default to 0 and `positions` to 0 … L-1. The modern body has no position table: rotary does its work."""
+        x = self.word[ids]
+        if not self.config.modern:
+            x = x + (self.position[: ids.shape[1]] if positions is None else self.position[positions])
+        # two rows by arithmetic: a gather would give the gradient a scatter onto two rows
+        x = x + self.type[0] + (0 if types is None else types[..., None] * (self.type[1] - self.type[0]))
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    """One Transformer layer: self-attention and a feed-forward network, [B, L, D] -> [B, L, D]."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Mask, positions: Int[Array, "B L"], seed: Seed | None = None
+    ) -> Float[Array, "B L D"]:
+        c = self.config
+        attention = SelfAttention(
+            c.heads,
+            rotary=c.modern,
+            qk_norm=c.qk_norm,
+            use_bias=not c.modern,
+            dropout_rate=c.attention_dropout,
+            implementation=c.attention,
+            dtype=c.dtype,
+            kernel_init=c.kernel_init(),
+            output_init=c.kernel_init(residual=True),
+            name="attention",
+        )
+
+        def dense(features: int, name: str, residual: bool = False):
+            return Linear(
+                features, use_bias=not c.modern, dtype=c.dtype, kernel_init=c.kernel_init(residual), name=name
+            )
+
+        def feed_forward(h):
+            up = dense(c.feed_forward, "up")(h)
+            h = gelu(dense(c.feed_forward, "gate")(h)) * up if c.modern else gelu(up)
+            return dense(c.width, "down", residual=True)(h)
+
+        drop_attention, drop_output = fold(seed, 1), fold(seed, 2)
+        attention_norm, output_norm = c.norm("attention_norm"), c.norm("output_norm")
+        if c.modern:
+            x = x + dropout(attention(attention_norm(x), mask, positions, fold(seed, 0)), c.dropout, drop_attention)
+            return x + dropout(feed_forward(output_norm(x)), c.dropout, drop_output)
+        x = attention_norm(x + dropout(attention(x, mask, positions, fold(seed, 0)), c.dropout, drop_attention))
+        return output_norm(x + dropout(feed_forward(x), c.dropout, drop_output))
+
+
+class Encoder(nn.Module):
+    """Embedded text [B, L, E] -> hidden states [B, L, D]: a projection where E differs from D, then the layers."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        embedded: Float[Array, "B L E"],
+        mask: Mask,
+        positions: Int[Array, "B L"] | None = None,
+        seed: Seed | None = None,
+    ) -> Float[Array, "B L D"]:
+        """`positions` (default 0 … L-1) matter to rotary attention only. Without `seed` nothing is dropped."""
+        c = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(embedded.shape[1]), embedded.shape[:2])
+        x = dropout(embedded.astype(c.dtype), c.dropout, fold(seed, c.layers))
+        if c.embedding_width != c.width:
+            # the reference leaves this one layer to TensorFlow's default initialiser
+            init = nn.initializers.glorot_uniform()
+            x = Linear(c.width, dtype=c.dtype, kernel_init=init, name="embeddings_project")(x)
+        block = Block(c)
+        layers = [
+            self.param(f"layer_{i}", lambda key: block.init(key, x, mask, positions)["params"]) for i in range(c.layers)
+        ]
+
+        def apply(x, layer):
+            params, seed = layer
+            return block.apply({"params": params}, x, mask, positions, seed)
+
+        if c.remat:
+            apply = jax.checkpoint(apply, prevent_cse=not c.scan_layers)
+        seeds = [fold(seed, i) for i in range(c.layers)]
+        if c.scan_layers:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, seeds, strict=True))
+            x, _ = jax.lax.scan(lambda x, layer: (apply(x, layer), None), x, stacked)
+        else:
+            for layer in zip(layers, seeds, strict=True):
+                x = apply(x, layer)
+        return c.norm("final_norm")(x) if c.modern else x

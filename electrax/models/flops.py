@@ -1,0 +1,62 @@
+"""Matrix-product FLOPs of a model: what the hardware must do, and the paper's way of counting beside it."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from electrax.models.encoder import EncoderConfig
+
+# dense bf16 FLOP/s by the vendors' data sheets, by a part of the name JAX gives the device
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "V100": 125e12,
+    "L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float:
+    """FLOP/s that utilisation is measured against: known by name, else that of a float32 matrix product, timed now."""
+    for name, peak in PEAKS.items():
+        if name in device.device_kind:
+            return peak
+    size = 1024
+    x = jax.device_put(jnp.ones((size, size)), device)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def encoder_forward(c: EncoderConfig, length: int) -> float:
+    """Of one token in rows of `length`; look-ups, norms and activations are free. Multiply and add are two."""
+    projection = 2 * c.embedding_width * c.width if c.embedding_width != c.width else 0
+    attention = 2 * c.width * 4 * c.width + 2 * 2 * length * c.width
+    feed_forward = 2 * c.width * c.feed_forward * (3 if c.modern else 2)
+    return projection + c.layers * (attention + feed_forward)
+
+
+def masked_lm_forward(c: EncoderConfig) -> float:
+    """Of one predicted position: the head's dense layer and the product with the word table."""
+    return 2 * c.width * c.embedding_width + 2 * c.embedding_width * c.padded_vocab_size
+
+
+def pretraining_step(
+    generator: EncoderConfig, discriminator: EncoderConfig | None, rows: int, length: int, slots: int
+) -> float:
+    """Of one training step: the backward pass is twice the forward, the vocabulary is met at the slots only."""
+    forward = length * encoder_forward(generator, length) + slots * masked_lm_forward(generator)
+    if discriminator is not None:
+        head = 2 * discriminator.width * discriminator.width + 2 * discriminator.width
+        forward += length * (encoder_forward(discriminator, length) + head)
+    return 3.0 * rows * forward

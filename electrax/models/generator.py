@@ -1,0 +1,49 @@
+"""The generator: a small encoder with a masked-language-model head."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from electrax.models.attention import Mask
+from electrax.models.dropout import Seed
+from electrax.models.encoder import Encoder, EncoderConfig, gelu
+from electrax.models.linear import Linear
+
+
+class MaskedLMHead(nn.Module):
+    """Hidden states -> float32 logits over the padded vocabulary; the word table is the output layer's kernel."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "... D"], word: Float[Array, "V E"]) -> Float[Array, "... V"]:
+        """Padded entries get the lowest float32, so that they can be neither predicted nor sampled."""
+        c = self.config
+        x = Linear(c.embedding_width, dtype=c.dtype, kernel_init=c.kernel_init(), name="dense")(hidden)
+        x = c.norm("norm")(gelu(x))
+        bias = self.param("output_bias", nn.initializers.zeros, (c.padded_vocab_size,))
+        logits = jnp.einsum("...e,ve->...v", x, word.astype(c.dtype), preferred_element_type=jnp.float32) + bias
+        real = jnp.arange(c.padded_vocab_size) < c.vocab_size
+        return jnp.where(real, logits, jnp.finfo(jnp.float32).min)
+
+
+class Generator(nn.Module):
+    """Embedded text -> what the masked-out tokens may have been."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        embedded: Float[Array, "B L E"],
+        word: Float[Array, "V E"],
+        mask: Mask,
+        slots: Int[Array, "B M"] | None = None,
+        positions: Int[Array, "B L"] | None = None,
+        seed: Seed | None = None,
+    ) -> Float[Array, "B N V"]:
+        """Logits at the places `slots` of each row (N = M), or at all of them (N = L) where none are named."""
+        hidden = Encoder(self.config, name="encoder")(embedded, mask, positions, seed)
+        if slots is not None:
+            hidden = jnp.take_along_axis(hidden, slots[..., None], axis=1)
+        return MaskedLMHead(self.config, name="head")(hidden, word)

@@ -1,0 +1,252 @@
+"""What a person sees of a run: preflight, progress, the final table, marked sentences, and whether it learned."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from electrax.config import UserError
+from electrax.data import prepare as preparing
+from electrax.data.shards import write_atomically
+from electrax.experiment import RESULTS_FILE, PretrainConfig, Run, set_up
+from electrax.models.flops import peak_flops
+from electrax.training.loop import Interrupted, Record
+from electrax.training.optim import learning_rate
+from electrax.training.tracking import Tracker
+
+console = Console()
+
+
+class PrepareProgress:
+    """Shows how far `prepare` is: a bar on a terminal, otherwise a line every ten seconds."""
+
+    def __enter__(self) -> "PrepareProgress":
+        self._bar = Progress(
+            TextColumn("[bold]preparing"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:3.0f}%  {task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task, self._shown = self._bar.add_task("", total=1.0, figures=""), time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def __call__(self, now: preparing.Progress) -> None:
+        if now.stage == "tokenizer":
+            figures = "tokenizer"
+        else:
+            speed = now.text_mb / max(now.seconds, 1e-9)
+            figures = f"{now.text_mb:.1f} MB at {speed:.2f} MB/s, {now.tokens:,} tokens, {now.rows:,} rows"
+        self._bar.update(self._task, completed=now.share, figures=figures)
+        if not console.is_terminal and (now.stage == "tokenizer" or time.monotonic() - self._shown > 10):
+            self._shown = time.monotonic()
+            console.print(f"preparing: {figures}", highlight=False, soft_wrap=True)
+
+
+def show_prepared(out: str, report: preparing.Report) -> None:
+    manifest = report.manifest
+    table = Table(title=f"prepared {out}", title_justify="left")
+    for name in ("split", "documents", "rows", "tokens"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for name, split in manifest.splits.items():
+        table.add_row(name, f"{split.documents:,}", f"{split.rows:,}", f"{split.tokens:,}")
+    console.print(table)
+    counts = manifest.counts
+    speed = report.text_mb / max(report.seconds, 1e-9)
+    console.print(
+        f"{report.text_mb:.1f} MB in {report.seconds:.1f} s ({speed:.2f} MB/s); vocabulary {manifest.vocab_size:,}; "
+        f"padding {counts['padding_share']:.2%}, unknown tokens {counts['unknown_share']:.3%}",
+        highlight=False,
+    )
+    skipped = {kind: number for kind, number in counts.get("skipped", {}).items() if number}
+    if skipped:
+        console.print("skipped: " + ", ".join(f"{number} x {kind}" for kind, number in skipped.items()))
+
+
+def show_preflight(run: Run) -> None:
+    """Devices, parameters, tokens, FLOPs and memory of a step, and the loss to expect at first."""
+    devices = jax.devices()
+    sizes = {name: _count(tree) for name, tree in run.state.params.items()}
+    shape = "x".join(str(n) for n in run.mesh.devices.shape)
+    rows = [
+        ("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data x fsdp x model {shape}"),
+        ("parameters", ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + f", together {sum(sizes.values()):,}"),
+        ("data", _describe_data(run)),
+        ("steps", f"{run.start:,} to {run.steps:,}" + (" (continued)" if run.start else "")),
+        ("tokens a step", f"{run.config.batch_size} rows x {run.config.data.max_length} = {run.tokens_per_step:,}"),
+        ("FLOPs a step", f"{run.flops_per_step:.3g} in matrix products ({run.flops_per_step * run.steps:.3g} the run)"),
+        ("memory a step", f"{run.memory_bytes / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows"),
+    ]
+    if run.start == 0 and not run.config.init_from:
+        rows.append(("first loss", expected_first_loss(run)))
+    for name, value in rows:
+        console.print(f"[bold]{name:<14}[/] {value}", highlight=False, soft_wrap=True)
+
+
+def _describe_data(run: Run) -> str:
+    splits = {name: f"{run.task.corpus.size(name):,} {name}" for name in ("train", "valid")}
+    return f"{' and '.join(splits.values())} rows, {run.config.data.layout}, vocabulary {run.tokenizer.vocab_size:,}"
+
+
+def _count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def expected_first_loss(run: Run) -> str:
+    objective, vocabulary = run.config.objective, run.tokenizer.vocab_size
+    value = objective.generator_weight * math.log(vocabulary)
+    formula = f"{objective.generator_weight:g} x ln {vocabulary:,}"
+    if run.task.detects:
+        value += objective.discriminator_weight * math.log(2)
+        formula += f" + {objective.discriminator_weight:g} x ln 2"
+    return f"about {value:.1f} = {formula}"
+
+
+@dataclasses.dataclass
+class StopSignal:
+    """True once SIGTERM or Ctrl-C has come; a second one ends the process at once."""
+
+    asked: bool = False
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        console.print("stopping after this step and saving; once more ends at once, without saving")
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def pretrain_and_report(config: PretrainConfig, command: str) -> int:
+    """The command `pretrain`: sets up, trains, reports. Returns the exit status."""
+    with StopSignal() as stop:
+        with PrepareProgress() as progress:
+            run = set_up(config, progress)
+        show_preflight(run)
+        workdir = pathlib.Path(config.workdir)
+        tracker = Tracker(workdir, run.start, run.steps, _rates(run), console)
+        final: Record | None = None
+        try:
+            for record in run.train(stop):
+                tracker.write(record)
+                final = record if record.kind == "eval" else final
+        except Interrupted as stopped:
+            run.checkpoints.close()
+            console.print(f"saved step {stopped.step} in {workdir}; to continue: {command}", soft_wrap=True)
+            return 130
+        finally:
+            tracker.close()
+            run.checkpoints.close()
+    assert final is not None  # the loop always evaluates the last step
+    write_results(workdir, final)
+    show_final(run, final)
+    return 0
+
+
+def evaluate_and_report(config: PretrainConfig) -> int:
+    """The command `evaluate`: the newest checkpoint's figures on the held-out rows; nothing is written."""
+    run = set_up(config)
+    if not run.start:
+        raise UserError(f"{config.workdir}: no checkpoint yet")
+    figures, arrays = run.evaluate(run.state.params)
+    show_final(run, Record(run.start, "eval", figures, arrays))
+    return 0
+
+
+def _rates(run: Run):
+    peak = peak_flops(jax.devices()[0]) * len(jax.devices())
+
+    def rates(step: int, seconds: float, steps: int) -> dict[str, float]:
+        return {
+            "learning_rate": float(learning_rate(run.config.optimizer, run.steps, step - 1)),
+            "tokens_per_second": steps * run.tokens_per_step / seconds,
+            "mfu": steps * run.flops_per_step / seconds / peak,
+        }
+
+    return rates
+
+
+def write_results(workdir: pathlib.Path, final: Record) -> None:
+    """results.json, last and atomically: its presence says that the run is done."""
+    finite = {name: value if math.isfinite(value) else None for name, value in final.figures.items()}
+    write_atomically(workdir / RESULTS_FILE, json.dumps({"step": final.step, **finite}, indent=1) + "\n")
+
+
+MEANINGS = {
+    "loss": "total, as trained",
+    "mlm_loss": "generator: cross entropy at the chosen positions",
+    "unigram_loss": "  the same by token frequency alone",
+    "mlm_accuracy": "generator: right at the chosen positions, the visible ones too",
+    "masked_accuracy": "generator: right where the token was masked out",
+    "unigram_accuracy": "  the same by always guessing the most frequent token",
+    "sampled_accuracy": "generator: samples that are the original token",
+    "replaced_share": "tokens that differ after sampling",
+    "rtd_loss": "discriminator: binary cross entropy over all tokens",
+    "rtd_accuracy": "discriminator: tokens judged rightly",
+    "rtd_precision": "discriminator: of the flagged tokens, replaced",
+    "rtd_recall": "discriminator: of the replaced tokens, flagged",
+    "rtd_auc": "discriminator: area under the ROC curve (chance 0.5)",
+}
+
+
+def show_final(run: Run, final: Record) -> None:
+    """The evaluation as a table, held-out text with its replaced tokens marked, and what did not learn."""
+    table = Table(title=f"held-out rows after step {final.step:,}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("meaning")
+    for name, meaning in MEANINGS.items():
+        if name in final.figures:
+            table.add_row(name, f"{final.figures[name]:.4f}", meaning)
+    console.print(table)
+    if run.task.detects:
+        console.print("[bold]replaced tokens[/]: was→now and the discriminator's probability that it was replaced;")
+        console.print("green: found (above 50 %), red: missed, yellow: original but flagged")
+        for line in marked_rows(run, final.arrays):
+            console.print(line)
+    for finding in run.task.diagnose(final.figures):
+        console.print(f"[bold red]did not learn:[/] {finding}", soft_wrap=True)
+
+
+def marked_rows(run: Run, arrays: dict[str, np.ndarray], count: int = 3, tokens: int = 40) -> list[Text]:
+    """The start of a few held-out rows, spread evenly, with every replaced or flagged token marked."""
+    lines = []
+    for row in np.linspace(0, len(arrays["ids"]) - 1, min(count, len(arrays["ids"]))).astype(int):
+        line = Text("- ")
+        shown = np.flatnonzero(arrays["real"][row])[:tokens]
+        original = run.tokenizer.pieces(arrays["ids"][row, shown])
+        corrupted = run.tokenizer.pieces(arrays["corrupted"][row, shown])
+        for place, was, now in zip(shown, original, corrupted, strict=True):
+            probability = 1 / (1 + math.exp(-float(arrays["score"][row, place])))
+            if arrays["replaced"][row, place]:
+                line.append(f"[{was}→{now} {probability:.0%}]", "bold green" if probability > 0.5 else "bold red")
+            elif probability > 0.5:
+                line.append(f"[{now} {probability:.0%}]", "yellow")
+            else:
+                line.append(now)
+            line.append(" ")
+        lines.append(line)
+    return lines

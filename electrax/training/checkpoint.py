@@ -1,0 +1,161 @@
+"""Checkpoints: saved in the background by orbax, each with a checksum manifest, verified before they are read."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import threading
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from electrax.config import UserError
+
+log = logging.getLogger("electrax")
+MANIFEST = "checksums.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000  # steps; the last step is always saved
+    keep: int = 2  # latest ones; the best evaluated one stays beside them
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 1:
+            raise UserError(f"checkpoint.every and checkpoint.keep must be at least 1, not {self.every} and {self.keep}")
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    A checkpoint counts once its manifest is there: a kill at any moment leaves either a whole verified checkpoint or
+    one that `restore` skips. Damaged ones are renamed, never deleted.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int):
+        self.directory = directory.absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
+        self._sealing: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._manager: ocp.CheckpointManager | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            best = managers.BestN(get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False)
+            policy = managers.AnyPreservationPolicy([managers.LatestN(self._keep), best])
+            options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are complete, in order."""
+        return sorted(int(p.parent.name) for p in self.directory.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+
+    def save(self, step: int, state: Any, score: float | None = None) -> None:
+        """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""
+        self.wait()
+        manager = self._open()
+        metrics = None if score is None else {"score": score}
+        if not manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True):
+            raise RuntimeError(f"orbax did not save step {step} in {self.directory}")
+        self._sealing = threading.Thread(target=self._seal, args=(step,), name="electrax-checkpoint")
+        self._sealing.start()
+
+    def _seal(self, step: int) -> None:
+        try:
+            self._open().wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(self.directory / str(step))
+        except BaseException as error:  # reported by wait(), in the thread that can act on it
+            self._failure = error
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises UserError where writing failed (a full disk)."""
+        if self._sealing is not None:
+            self._sealing.join()
+            self._sealing = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise UserError(f"{self.directory}: the checkpoint could not be written: {failure}") from failure
+
+    def restore(self, abstract: Any) -> tuple[int, Any] | None:
+        """The newest checkpoint that is whole, on the shardings of `abstract`; None where there is none.
+
+        A damaged or half-written one is renamed to STEP.damaged with a warning, and the one before it is used.
+        Raises UserError where the state in it has another shape than the run's.
+        """
+        for step in sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdigit()), reverse=True):
+            path = self.directory / str(step)
+            damage = find_damage(path)
+            if damage is None:
+                return step, self._read(step, abstract)
+            log.warning("%s: %s; it is set aside as %s.damaged, an earlier one is used", path, damage, step)
+            set_aside(path)
+        return None
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        try:
+            return self._open().restore(step, args=ocp.args.StandardRestore(abstract))
+        except ValueError as error:
+            detail = str(error).strip().splitlines()
+            raise UserError(
+                f"{self.directory / str(step)}: does not fit this run's model or optimizer: {detail[0] if detail else error}"
+            ) from error
+
+    def close(self) -> None:
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(path: pathlib.Path) -> None:
+    """Sizes and SHA-256 of every file of a checkpoint, put in place atomically."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
+    entries = {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+    write_atomically(path / MANIFEST, json.dumps({"files": entries}, indent=1))
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """The file is either as it was or whole: written beside, flushed to disk, renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def find_damage(path: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is as it was written."""
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return "half-written (it has no checksum manifest)"
+    except (ValueError, KeyError, TypeError):
+        return f"damaged ({MANIFEST} cannot be read)"
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"damaged ({name} is missing)"
+        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+            return f"damaged ({name} differs from its checksum)"
+    return None
+
+
+def set_aside(path: pathlib.Path) -> None:
+    target, number = path.with_name(path.name + ".damaged"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.damaged{number}")
+    path.rename(target)

@@ -1,0 +1,93 @@
+"""AdamW, clipping and learning-rate schedules, the reference's and the standard ones (reference: optimization.py)."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from electrax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Defaults are the reference's: Adam without bias correction, ε outside the root, decoupled decay, clipping."""
+
+    learning_rate: float = 5e-4
+    warmup_steps: float = 10_000
+    # multiplied: lr · (1 - t/T)^p · min(1, t/W) (the reference's); joined: up to W, then down over the T - W that are left
+    schedule: Literal["multiplied", "joined"] = "multiplied"
+    power: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-6
+    bias_correction: bool = False
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0  # 0: no clipping
+    microbatch: int = 0  # rows of a device in one forward-backward pass; 0: chosen for the device
+
+    def __post_init__(self):
+        for name in ("learning_rate", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"optimizer.{name} must be above 0, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "microbatch"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name} must not be negative, but is {getattr(self, name)}")
+
+
+def learning_rate(config: OptimizerConfig, steps: int, t: Int[Array, ""] | int) -> Float[Array, ""]:
+    """Of update t = 0, 1, …; the first update of a warm-up has rate 0."""
+    t = jnp.asarray(t, jnp.float32)
+    warmup = config.warmup_steps
+    rise = jnp.minimum(1.0, t / warmup) if warmup else jnp.float32(1.0)
+    if config.schedule == "multiplied":
+        done = jnp.minimum(t, steps) / steps
+    else:
+        done = jnp.clip((t - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+    return config.learning_rate * (1.0 - done) ** config.power * rise
+
+
+class AdamState(NamedTuple):
+    count: Int[Array, ""]
+    mean: Any
+    square: Any
+
+
+def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """m / (√v + ε). Without bias correction (BERT's and the reference's Adam) early updates are larger: 3.16 times at
+    the first step, 6.57 times at the twelfth, 1.26 times at the thousandth."""
+
+    def init(params):
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)  # noqa: E731
+        return AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+
+    def update(grads, state, params=None):
+        b1, b2 = config.beta1, config.beta2
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, grads)
+        square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.square, grads)
+        count = state.count + 1
+        c1, c2 = (1 - b1**count, 1 - b2**count) if config.bias_correction else (1.0, 1.0)
+        scaled = jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + config.epsilon), mean, square)
+        return scaled, AdamState(count, mean, square)
+
+    return optax.GradientTransformation(init, update)
+
+
+def is_decayed(path: tuple, leaf: jax.Array) -> bool:
+    """Everything but biases and norms; embedding and position tables are decayed, the output bias is not."""
+    names = [str(getattr(key, "key", key)) for key in path]
+    return not any("norm" in name or "bias" in name for name in names)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay, then the learning rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        scale_by_adam(config),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)
+        ),
+        optax.scale_by_learning_rate(lambda count: learning_rate(config, steps, count)),
+    )

@@ -1,0 +1,116 @@
+"""One mesh, one table: which axis of which parameter lies on which mesh axis."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from electrax.config import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# (pattern of the whole parameter path, mesh axis of each array axis). Exactly one row fits a parameter. Moments of the
+# optimizer are matched by the parameter's path at the end of theirs.
+TABLE: tuple[tuple[str, P], ...] = (
+    (r"(generator_)?embeddings/word", P("fsdp", None)),
+    (r"(generator_)?embeddings/(position|type)", P(None, "fsdp")),
+    (r"(generator|discriminator)/encoder/embeddings_project/kernel", P("fsdp", None)),
+    (r"(generator|discriminator)/encoder/layer_\d+/attention/qkv/kernel", P("fsdp", "model", None, None)),
+    (r"(generator|discriminator)/encoder/layer_\d+/attention/qkv/bias", P("model", None, None)),
+    (r"(generator|discriminator)/encoder/layer_\d+/attention/output/kernel", P("model", None, "fsdp")),
+    (r"(generator|discriminator)/encoder/layer_\d+/(up|gate)/kernel", P("fsdp", "model")),
+    (r"(generator|discriminator)/encoder/layer_\d+/(up|gate)/bias", P("model")),
+    (r"(generator|discriminator)/encoder/layer_\d+/down/kernel", P("model", "fsdp")),
+    (r"(generator|discriminator)/head/dense/kernel", P("fsdp", None)),
+    (r"generator/head/output_bias", P("fsdp")),
+    (r"discriminator/head/output/kernel", P("fsdp", None)),
+    (r".*/(attention/output|embeddings_project|down|head/dense|head/output)/bias", P()),
+    (r".*norm/(scale|bias)", P()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis. `data` 0: all that the other two leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    model: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The global mesh `data` x `fsdp` x `model` over the given devices (default: all)."""
+    devices = jax.devices() if devices is None else devices
+    rest = config.fsdp * config.model
+    if rest < 1 or len(devices) % rest:
+        raise UserError(f"mesh.fsdp {config.fsdp} x mesh.model {config.model} does not divide {len(devices)} devices")
+    data = config.data or len(devices) // rest
+    if data * rest != len(devices):
+        raise UserError(
+            f"mesh data {data} x fsdp {config.fsdp} x model {config.model} = {data * rest}, but there are {len(devices)} devices"
+        )
+    # Auto axes: linen's lookups and scatters do not type-check under the default, Explicit
+    grid = np.asarray(devices).reshape(data, config.fsdp, config.model)
+    return Mesh(grid, (*BATCH_AXES, "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+def row_ways(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows over `data` and `fsdp`; `leading` axes before the row axis are not divided."""
+    return NamedSharding(mesh, P(*[None] * leading, BATCH_AXES))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def local_rows(batch_size: int) -> slice:
+    """The rows of a batch that this process reads."""
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def spec_of(path: str) -> P:
+    """The one row of the table that fits a parameter path. Raises UserError where none or several do."""
+    found = [spec for pattern, spec in TABLE if re.fullmatch(pattern, path)]
+    if len(found) != 1:
+        raise UserError(f"parameter {path} fits {len(found)} rows of the sharding table; exactly one is needed")
+    return found[0]
+
+
+def params_sharding(params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding a leaf. Raises UserError that names the parameter whose axis does not divide evenly."""
+
+    def leaf_sharding(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = spec_of(name)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis and size % mesh.shape[axis]:
+                raise UserError(
+                    f"parameter {name} {tuple(leaf.shape)}: {size} does not divide over mesh.{axis} = {mesh.shape[axis]}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, params)
+
+
+def like_params(tree: Any, params: Any, sharding: Any, mesh: Mesh) -> Any:
+    """Shardings of a state: subtrees shaped like the parameters follow them, everything else is on every device."""
+    structure = jax.tree.structure(params)
+
+    def subtree(node):
+        if jax.tree.structure(node) == structure:
+            return sharding
+        return jax.tree.map(lambda _: NamedSharding(mesh, P()), node)
+
+    return jax.tree.map(subtree, tree, is_leaf=lambda node: jax.tree.structure(node) == structure)

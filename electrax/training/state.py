@@ -1,0 +1,117 @@
+"""The training state and the step: one jitted function for every task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from electrax.config import UserError
+from electrax.tasks.base import Batch, Mean, Metrics, Params, Task
+from electrax.training.sharding import batch_sharding, like_params, params_sharding, row_ways
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: Int[Array, ""]  # updates done, also the position in the data
+    params: Params
+    opt_state: Any
+
+
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, batch: Batch, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing anything."""
+
+    def build():
+        params = task.init(jax.random.key(0), batch)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(build)
+    shardings = like_params(shapes, shapes.params, params_sharding(shapes.params, mesh), mesh)
+    return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+
+
+def fresh_state(
+    task: Task, optimizer: optax.GradientTransformation, batch: Batch, abstract: TrainState, seed: int
+) -> TrainState:
+    """Step 0 with parameters drawn from the seed, made where they will live."""
+
+    def build(key):
+        params = task.init(key, batch)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shardings = jax.tree.map(lambda s: s.sharding, abstract)
+    return jax.jit(build, out_shardings=shardings)(jax.random.key(seed))
+
+
+def choose_microbatch(config_rows: int, rows: int, length: int, platform: str) -> int:
+    """Rows of a device in one pass: as configured, or for a CPU about 512 tokens, whose activations stay in its cache.
+
+    Raises UserError where the configured number does not divide the device's rows.
+    """
+    if config_rows:
+        if rows % config_rows:
+            near = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= config_rows)
+            raise UserError(
+                f"optimizer.microbatch {config_rows} does not divide the {rows} rows of a device; the next one that does is {near}"
+            )
+        return config_rows
+    if platform != "cpu":
+        return rows
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, 512 // length))
+
+
+def split_rows(prepared: Batch, mesh: Mesh, microbatch: int) -> Batch:
+    """[B, …] -> [n, B / n, …]: micro-batch j takes the j-th `microbatch` rows of every device, so no row moves."""
+    ways = row_ways(mesh)
+
+    def split(leaf):
+        cut = leaf.reshape(ways, -1, microbatch, *leaf.shape[1:]).swapaxes(0, 1)
+        cut = cut.reshape(cut.shape[0], -1, *leaf.shape[1:])
+        return jax.lax.with_sharding_constraint(cut, batch_sharding(mesh, leading=1))
+
+    return jax.tree.map(split, prepared)
+
+
+def gradients(task: Task, params: Params, prepared: Batch, mesh: Mesh, microbatch: int):
+    """Gradient, loss and metrics of a prepared batch, added over its micro-batches (`microbatch` rows a device)."""
+    compute = jax.value_and_grad(task.loss, has_aux=True)
+    rows = jax.tree.leaves(prepared)[0].shape[0]
+    if microbatch * row_ways(mesh) == rows:
+        (loss, metrics), grads = compute(params, prepared)
+        return grads, loss, metrics
+
+    def add(total, micro):
+        (loss, metrics), grads = compute(params, micro)
+        return jax.tree.map(jnp.add, total, (grads, loss, metrics)), None
+
+    cut = split_rows(prepared, mesh, microbatch)
+    shapes = jax.eval_shape(lambda b: compute(params, b), jax.tree.map(lambda x: x[0], cut))
+    (loss, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, (grads, loss, metrics), cut)
+    return total
+
+
+def make_step(
+    task: Task, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh, microbatch: int, seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, Float[Array, ""], Metrics]]:
+    """The jitted step (state, batch) -> (state, loss, metrics); the state given is donated.
+
+    Row i of step s gets the key fold_in(fold_in(key(seed), s), i), whatever the devices and micro-batches.
+    """
+
+    def step(state: TrainState, batch: Batch):
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+        prepared = jax.lax.with_sharding_constraint(task.prepare(batch, keys), batch_sharding(mesh))
+        grads, loss, metrics = gradients(task, state.params, prepared, mesh, microbatch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = metrics | {"gradient_norm": Mean(optax.tree.norm(grads), jnp.ones(()))}
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss, metrics
+
+    shardings = jax.tree.map(lambda s: s.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))

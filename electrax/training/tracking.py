@@ -1,0 +1,98 @@
+"""What a run leaves and shows: metrics.jsonl, TensorBoard files, a progress bar or plain lines."""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable
+
+from electrax.data.shards import write_atomically
+from electrax.training.loop import Record
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = {"loss": "loss", "mlm_loss": "mlm", "rtd_loss": "rtd", "masked_accuracy": "mlm acc", "rtd_accuracy": "rtd acc"}
+
+
+class Tracker:
+    """Writes records to the work directory and shows them on a console.
+
+    `rates` gives the figures that follow from a window's steps and seconds. What an earlier process logged beyond
+    `start`, the step this one resumes from, is dropped: it will come again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int, steps: int, rates: Callable[[int, float, int], dict], console):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from tensorboardX import SummaryWriter
+
+        self._rates, self._steps, self._console = rates, steps, console
+        path = workdir / METRICS_FILE
+        self._seconds = _keep_until(path, start) if path.is_file() else 0.0
+        self._file = open(path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir), purge_step=start or None, write_to_disk=True)
+        self._bar = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._bar_task = self._bar.add_task("", total=steps, completed=start, figures="")
+        self._bar.start()
+
+    def write(self, record: Record) -> None:
+        """One line in metrics.jsonl a "log" or "eval" record; evaluations carry the prefix `eval_`."""
+        if record.kind == "save":
+            if not self._console.is_terminal:
+                self._console.print(f"step {record.step}: saving in the background")
+            return
+        figures = dict(record.figures)
+        if record.kind == "log":
+            taken, seconds = figures.pop("steps"), figures.pop("seconds")
+            self._seconds += seconds
+            figures = {"seconds": self._seconds, **figures, **self._rates(record.step, seconds, taken)}
+        else:
+            figures = {f"eval_{name}": value for name, value in figures.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._file.write(json.dumps({"step": record.step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            self._board.add_scalar(name.replace("eval_", "eval/", 1), value, record.step)
+        line = describe(record, figures)
+        if record.kind == "log" and self._console.is_terminal:
+            self._bar.update(self._bar_task, completed=record.step, figures=line)
+        else:
+            self._console.print(f"step {record.step}/{self._steps}  {line}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+        self._file.close()
+        self._board.close()
+
+
+def describe(record: Record, figures: dict[str, float]) -> str:
+    """A record on one line."""
+    if record.kind == "eval":
+        names = {**SHOWN, "rtd_auc": "rtd auc"}
+        parts = [f"{short} {figures['eval_' + name]:.3f}" for name, short in names.items() if "eval_" + name in figures]
+        return "held out: " + "  ".join(parts)
+    parts = [f"{short} {figures[name]:.3f}" for name, short in SHOWN.items() if name in figures]
+    parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"mfu {figures['mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def _keep_until(path: pathlib.Path, start: int) -> float:
+    """Drops the lines of later steps and a half-written last one; returns the seconds of the last kept log line."""
+    kept, seconds = [], 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= start and not (row["step"] == start and "eval_loss" in row):
+            kept.append(line)
+            seconds = row.get("seconds", seconds)
+    write_atomically(path, "".join(line + "\n" for line in kept))
+    return seconds
