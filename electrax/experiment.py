@@ -16,12 +16,13 @@ from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
 from electrax.data.prepare import PrepareConfig, Progress, prepare
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
+from electrax.inference.model import PretrainedModel
 from electrax.models.flops import pretraining_step
 from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
 from electrax.tasks.base import Batch, Params
 from electrax.tasks.corruption import slot_count
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
-from electrax.training.checkpoint import CheckpointConfig, Checkpoints
+from electrax.training.checkpoint import CheckpointConfig, Checkpoints, restore_newest
 from electrax.training.evaluate import make_evaluate
 from electrax.training.loop import EvalConfig, LogConfig, Record, train
 from electrax.training.optim import OptimizerConfig, make_optimizer
@@ -35,7 +36,7 @@ MAY_CHANGE = {"workdir", "steps", "epochs", "init_from", "checkpoint", "eval", "
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """`path`: a directory made by `electrax prepare`, or text (file, folder, glob), or "sample" for the bundled books.
-    Text is prepared into the work directory first, as the other keys say; for a prepared directory its manifest says."""
+    Text is prepared into the work directory first, as the other keys say; for a prepared one its manifest says."""
 
     path: str = ""
     tokenizer: str = "wordpiece"
@@ -72,8 +73,14 @@ class PretrainConfig:
         if not self.workdir:
             raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
         if (self.steps > 0) == (self.epochs > 0):
-            raise UserError(f"exactly one of steps and epochs must be above 0, not steps {self.steps} and epochs {self.epochs}")
-        for key, value in {"batch_size": self.batch_size, "log.every": self.log.every, "eval.every": self.eval.every}.items():
+            raise UserError(
+                f"exactly one of steps and epochs must be above 0, not steps {self.steps} and epochs {self.epochs}"
+            )
+        for key, value in {
+            "batch_size": self.batch_size,
+            "log.every": self.log.every,
+            "eval.every": self.eval.every,
+        }.items():
             if value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
         for key in ("mask_prob", "keep_prob", "random_prob"):
@@ -106,7 +113,9 @@ def open_corpus(config: PretrainConfig, progress: Callable[[Progress], None]) ->
     return dataclasses.replace(config, data=kept), corpus
 
 
-def make_task(config: PretrainConfig, vocab_size: int, special_ids: dict[str, int], corpus: Corpus | None) -> PretrainTask:
+def make_task(
+    config: PretrainConfig, vocab_size: int, special_ids: dict[str, int], corpus: Corpus | None
+) -> PretrainTask:
     """The objective over a vocabulary. Without a corpus it can do everything but read batches."""
     if config.data.max_length > config.model.max_length:
         raise UserError(
@@ -175,7 +184,9 @@ def set_up(config: PretrainConfig, progress: Callable[[Progress], None] = lambda
     ways = row_ways(mesh)
     if config.batch_size % ways:
         larger = math.ceil(config.batch_size / ways) * ways
-        raise UserError(f"batch_size {config.batch_size} does not divide over {ways} devices; the next one that does is {larger}")
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide over {ways} devices; the next one that does is {larger}"
+        )
     config, corpus = open_corpus(config, progress)
     tokenizer = corpus.tokenizer()
     steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)
@@ -228,7 +239,7 @@ def keep_config(config: PretrainConfig, tokenizer: Tokenizer) -> None:
         for key, old, new in _differences(before, now):
             if key.split(".")[0] not in MAY_CHANGE and key != "optimizer.microbatch":
                 raise UserError(
-                    f"{workdir} holds a run with {key} = {old!r}, now it is {new!r}; take another workdir to start a new run"
+                    f"{workdir} holds a run with {key} = {old!r}, now {new!r}; take another workdir for a new run"
                 )
         if Tokenizer.load(workdir).sha256 != tokenizer.sha256:
             raise UserError(f"{workdir} holds a run with another tokenizer than that of {config.data.path}")
@@ -260,7 +271,7 @@ def load_params(workdir: str | os.PathLike, like: Params | None = None) -> Param
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     example: Batch = {"ids": np.zeros((1, config.data.max_length), np.uint16)}
     abstract = abstract_state(task, make_optimizer(config.optimizer, 1), example, mesh)
-    restored = Checkpoints(pathlib.Path(workdir) / "checkpoints", config.checkpoint.keep).restore(abstract)
+    restored = restore_newest(pathlib.Path(workdir) / "checkpoints", abstract)
     if restored is None:
         raise UserError(f"{workdir}: no checkpoint yet")
     params = restored[1].params
@@ -270,3 +281,16 @@ def load_params(workdir: str | os.PathLike, like: Params | None = None) -> Param
     if shapes[0] != shapes[1]:
         raise UserError(f"init_from {workdir}: its model has other shapes or parts than this run's")
     return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, like))
+
+
+def load(workdir: str | os.PathLike) -> PretrainedModel:
+    """A trained model from the work directory of a run: its newest whole checkpoint and its tokenizer."""
+    config, tokenizer = read_config(workdir), Tokenizer.load(workdir)
+    task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
+    return PretrainedModel(
+        load_params(workdir),
+        tokenizer,
+        task.generator,
+        task.discriminator if task.detects else None,
+        config.data.max_length,  # later positions were never trained
+    )

@@ -83,8 +83,14 @@ def show_preflight(run: Run) -> None:
     sizes = {name: _count(tree) for name, tree in run.state.params.items()}
     shape = "x".join(str(n) for n in run.mesh.devices.shape)
     rows = [
-        ("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data x fsdp x model {shape}"),
-        ("parameters", ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + f", together {sum(sizes.values()):,}"),
+        (
+            "devices",
+            f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data x fsdp x model {shape}",
+        ),
+        (
+            "parameters",
+            ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + f", together {sum(sizes.values()):,}",
+        ),
         ("data", _describe_data(run)),
         ("steps", f"{run.start:,} to {run.steps:,}" + (" (continued)" if run.start else "")),
         ("tokens a step", f"{run.config.batch_size} rows x {run.config.data.max_length} = {run.tokens_per_step:,}"),

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain
 from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,9 @@ from electrax.config import UserError
 from electrax.data.rows import new_array, row_dtype
 from electrax.data.tokenizer import Tokenizer
 
-PART = 1 << 16  # characters encoded at once: the libraries need about 100 bytes of memory a character
+# The libraries need about 100 bytes of memory for a character they are at work on.
+BATCH = 1 << 21
+PART = 1 << 16
 
 
 class Encoded(NamedTuple):
@@ -67,17 +68,28 @@ def split_long(line: str) -> list[str]:
 
 def encode_lines(tokenizer: Tokenizer, lines: list[str]) -> Encoded:
     """Encode without special tokens; the ids have the dtype of the corpus's rows."""
-    parts = [split_long(line) for line in lines]
-    encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(parts))))
     ids = new_array(row_dtype(tokenizer.vocab_size))
-    lengths = []
-    for line_parts in parts:
-        before = len(ids)
-        for _ in line_parts:
-            ids.extend(array(ids.typecode, next(encoded)))
-        lengths.append(len(ids) - before)
+    lengths = [0] * len(lines)
+    for numbers, parts in _batches(lines):
+        for number, part_ids in zip(numbers, tokenizer.encode_batch(parts), strict=True):
+            ids.extend(array(ids.typecode, part_ids))
+            lengths[number] += len(part_ids)
     text_bytes = sum(len(line.encode()) + 1 for line in lines)
     return Encoded(ids, lengths, ids.count(tokenizer.unk_id), text_bytes)
+
+
+def _batches(lines: list[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """Line numbers and parts of lines, about BATCH characters at a time."""
+    numbers, parts, size = [], [], 0
+    for number, line in enumerate(lines):
+        for part in split_long(line):
+            numbers.append(number)
+            parts.append(part)
+            size += len(part)
+            if size >= BATCH:
+                yield numbers, parts
+                numbers, parts, size = [], [], 0
+    yield numbers, parts
 
 
 def encode_chunks(directory: Path, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, Encoded]]:

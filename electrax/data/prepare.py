@@ -134,18 +134,23 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] = lambda
     one worker call it under `if __name__ == "__main__"`: the workers are spawned.
     """
     out = Path(config.out)
-    partial = out.with_name(out.name + ".partial")
     if out.exists():
         raise UserError(f"{out}: exists already; remove it or choose another directory")
+    partial = out.with_name(out.name + ".partial")
     sources = [_find(config, config.texts), _find(config, config.valid)]
+    for source in [*sources[0], *sources[1]]:
+        if config.on_bad_input == "error" and not source.size():
+            raise UserError(f"{source.name}: expected text, found an empty file")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
             return _prepare(config, sources, out, partial, progress)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{partial}: the disk is full; make room and run the same command again to go on") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{partial}: the disk is full; make room and run the same command again to go on") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{partial}: cannot write here ({error.strerror})") from None
+        raise
 
 
 def _find(config: PrepareConfig, texts: tuple[str, ...]) -> list[Source]:
@@ -210,7 +215,7 @@ def _plan(config: PrepareConfig, sources: list[Source]) -> dict:
 
 
 def _resume(partial: Path, plan: dict) -> _State | None:
-    """The state of an interrupted run of this plan; None if there is none or it had no tokenizer yet."""
+    """The state of an interrupted run of this plan; None if there is none, or it had no tokenizer yet."""
     path = partial / PROGRESS_FILE
     if not path.exists():
         if any(partial.iterdir()):
@@ -218,12 +223,15 @@ def _resume(partial: Path, plan: dict) -> _State | None:
         _write_progress(partial, plan, None)
         return None
     saved = json.loads(path.read_bytes())
+    if saved["state"] is None:  # nothing would be lost
+        _write_progress(partial, plan, None)
+        return None
     if saved["plan"] != plan:
         old, new = saved["plan"]["config"], plan["config"]
         changed = [key for key in new if old.get(key) != new[key]] or ["the input files"]
         raise UserError(f"{partial}: made by another command ({', '.join(changed)} changed); repeat that command to go "
                         "on, or remove the directory")  # fmt: skip
-    return _State(**saved["state"]) if saved["state"] else None
+    return _State(**saved["state"])
 
 
 def _write_progress(partial: Path, plan: dict, state: _State | None) -> None:

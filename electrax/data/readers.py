@@ -252,6 +252,11 @@ def _field_lines(value: Any, field: str, where: str, log: "LineReader") -> Itera
         found = f"a {type(text).__name__}" if field in value else f"the fields {fields}"
         log.bad("field", f"{where}: expected text in field {field!r}, found {found}")
         return
+    try:
+        text.encode()  # JSON can spell what no UTF-8 can
+    except UnicodeEncodeError:
+        log.bad("utf8", f"{where}: expected text in field {field!r}, found half a surrogate pair")
+        return
     lines = [line for line in text.split("\n") if line.strip()]
     yield from lines
     if lines:

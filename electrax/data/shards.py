@@ -26,7 +26,10 @@ class ShardWriter:
             if path.name not in kept:
                 path.unlink()
         if rows % self._shard_rows:
-            os.truncate(self._path(rows // self._shard_rows), rows % self._shard_rows * row_bytes)
+            path, size = self._path(rows // self._shard_rows), rows % self._shard_rows * row_bytes
+            if not path.exists() or path.stat().st_size < size:
+                raise UserError(f"{path}: expected at least {size} bytes; remove {directory} and start again")
+            os.truncate(path, size)
 
     def append(self, rows: Shaped[np.ndarray, "N L"]) -> None:
         """Write rows, into as many shards as they fill."""

@@ -217,9 +217,7 @@ def _wordpiece(vocabulary: dict[str, int], lowercase: bool, strip_accents: bool 
     return backend.to_str()
 
 
-def _train_wordpiece(
-    lines: Iterable[str], vocab_size: int, lowercase: bool, strip_accents: bool | None, coverage: float = 0.9999
-) -> Tokenizer:
+def _train_wordpiece(lines: Iterable[str], vocab_size: int, lowercase: bool, strip_accents: bool | None) -> Tokenizer:
     """The library numbers the "##x" characters in hash order, and ties between merges follow the numbers
     (huggingface/tokenizers#1794). Naming them all beforehand, in order, makes training deterministic.
     """
@@ -231,33 +229,38 @@ def _train_wordpiece(
     backend = HuggingFace(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    counts: Counter[str] = Counter()
-    inner: set[str] = set()
-    for line in lines:
-        text = backend.normalizer.normalize_str(line)
-        counts.update(text)
-        inner.update(re.findall(r"(?<=\S)\S", text))
-    # Characters beyond the coverage are left to [UNK] instead of filling the vocabulary.
-    kept, covered = [], 0
-    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    wanted = coverage * sum(counts[c] for c in characters)
-    for c in characters[: max(1, vocab_size // 3)]:
-        if covered >= wanted:
-            break
-        kept.append(c)
-        covered += counts[c]
-    alphabet = sorted(kept) + sorted("##" + c for c in kept if c in inner)
+    alphabet = _alphabet(lines, backend.normalizer.normalize_str, vocab_size // 3)
+    # Punctuation and CJK characters are words of their own and so never follow another character.
+    words = {c: backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str("a" + c)) for c in alphabet}
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=SPECIALS + alphabet,
-        initial_alphabet=sorted(kept),
-        limit_alphabet=len(kept),
+        special_tokens=SPECIALS + alphabet + ["##" + c for c in alphabet if len(words[c]) == 1],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         show_progress=False,
     )
     backend.train_from_iterator(lines, trainer)
     vocabulary = {token: i for token, i in backend.get_vocab().items() if i < vocab_size}
     return _from_json(_wordpiece(vocabulary, lowercase, strip_accents), "the trained tokenizer")
+
+
+def _alphabet(lines: Iterable[str], normalize: Callable[[str], str], most: int, coverage: float = 0.9999) -> list[str]:
+    """The most frequent characters that make up `coverage` of the text; the others would only fill the vocabulary."""
+    raw: Counter[str] = Counter()
+    for line in lines:
+        raw.update(line)
+    counts: Counter[str] = Counter()
+    for character, count in raw.items():  # one by one: normalizing the whole text takes ten times as long
+        for c in normalize(character):
+            counts[c] += 0 if c.isspace() else count
+    wanted, kept = coverage * counts.total(), []
+    for c in sorted(counts, key=lambda c: (-counts[c], c))[:most]:
+        if wanted <= 0 or not counts[c]:
+            break
+        kept.append(c)
+        wanted -= counts[c]
+    return sorted(kept)
 
 
 def _train_bpe(lines: Iterable[str], vocab_size: int) -> Tokenizer:

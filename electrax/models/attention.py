@@ -6,6 +6,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from electrax.models.dropout import Seed, dropout
@@ -28,8 +29,8 @@ def dot_product_attention(
     """softmax(q kᵀ / √K + mask) v, with the softmax in float32.
 
     A masked key gets a weight of exactly 0 (the reference adds -10000, which underflows to the same 0). A query that
-    may attend to nothing returns an unspecified finite value. Dropout on the weights always takes the plain path, which is
-    the only one that has it.
+    may attend to nothing returns an unspecified finite value. Dropout on the weights always takes the plain path, the
+    only one that has it.
     """
     if implementation != "plain" and (seed is None or dropout_rate == 0.0):
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
@@ -44,7 +45,7 @@ def rotate(x: Float[Array, "B L H K"], positions: Int[Array, "B L"]) -> Float[Ar
     """Rotary position embedding (Su et al. 2021, RoFormer), base 10000, halves of K paired."""
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None] * frequency
+    angle = positions[..., None, None] * frequency[None, None, None]
     sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
@@ -59,7 +60,7 @@ class SelfAttention(nn.Module):
     use_bias: bool = True
     dropout_rate: float = 0.0
     implementation: Implementation = "plain"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     output_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 

@@ -1,7 +1,7 @@
 """Dropout whose mask is a function of (row seed, place in the row) and of nothing else.
 
 A row's mask does not depend on which other rows share its batch, so micro-batches, devices and processes can cut a
-batch anywhere and drop the same units. The counter-based hash also costs less than threefry: it fuses into its consumer.
+batch anywhere and drop the same units. The counter-based hash also costs less than threefry, as it fuses.
 """
 
 import math

@@ -59,14 +59,14 @@ class EncoderConfig:
         with the layers that write into the residual stream scaled down by √(2N)."""
         if not self.modern:
             return truncated_normal
-        return nn.initializers.variance_scaling(1 / (2 * self.layers) if residual else 1.0, "fan_in", "truncated_normal")
+        return nn.initializers.variance_scaling(
+            1 / (2 * self.layers) if residual else 1.0, "fan_in", "truncated_normal"
+        )
 
-    def norm(self, name: str) -> nn.LayerNorm:
+    def norm(self, name: str | None = None) -> nn.LayerNorm:
         """LayerNorm with float32 statistics; without a bias, and with a larger epsilon, in the modern body."""
         epsilon = 1e-6 if self.modern else 1e-12
-        return nn.LayerNorm(
-            epsilon, dtype=self.dtype, use_bias=not self.modern, use_fast_variance=False, name=name
-        )
+        return nn.LayerNorm(epsilon, dtype=self.dtype, use_bias=not self.modern, use_fast_variance=False, name=name)
 
 
 def truncated_normal(key, shape, dtype=jnp.float32) -> jax.Array:
@@ -104,17 +104,18 @@ class Embeddings(nn.Module):
         if not c.modern:
             self.position = self.param("position", init, (c.max_length, c.embedding_width))
         self.type = self.param("type", init, (2, c.embedding_width))
-        self.norm = c.norm(None)
+        self.norm = c.norm()
 
     def __call__(
         self, ids: Int[Array, "B L"], types: Int[Array, "B L"] | None = None, positions: Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L E"]:
-        """`types` default to 0 and `positions` to 0 … L-1. The modern body has no position table: rotary does its work."""
+        """`types` default to 0 and `positions` to 0 … L-1. The modern body's positions are in its attention instead."""
         x = self.word[ids]
         if not self.config.modern:
-            x = x + (self.position[: ids.shape[1]] if positions is None else self.position[positions])
+            x = x + (self.position[None, : ids.shape[1]] if positions is None else self.position[positions])
         # two rows by arithmetic: a gather would give the gradient a scatter onto two rows
-        x = x + self.type[0] + (0 if types is None else types[..., None] * (self.type[1] - self.type[0]))
+        first, second = self.type[None, None, 0], self.type[None, None, 1]
+        x = x + first + (0 if types is None else types[..., None] * (second - first))
         return self.norm(x)
 
 

@@ -38,7 +38,7 @@ def peak_flops(device: jax.Device) -> float:
     return 2 * size**3 / best
 
 
-def encoder_forward(c: EncoderConfig, length: int) -> float:
+def encoder_forward(c: EncoderConfig, length: int) -> int:
     """Of one token in rows of `length`; look-ups, norms and activations are free. Multiply and add are two."""
     projection = 2 * c.embedding_width * c.width if c.embedding_width != c.width else 0
     attention = 2 * c.width * 4 * c.width + 2 * 2 * length * c.width
@@ -46,7 +46,7 @@ def encoder_forward(c: EncoderConfig, length: int) -> float:
     return projection + c.layers * (attention + feed_forward)
 
 
-def masked_lm_forward(c: EncoderConfig) -> float:
+def masked_lm_forward(c: EncoderConfig) -> int:
     """Of one predicted position: the head's dense layer and the product with the word table."""
     return 2 * c.width * c.embedding_width + 2 * c.embedding_width * c.padded_vocab_size
 

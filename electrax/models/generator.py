@@ -16,15 +16,15 @@ class MaskedLMHead(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "... D"], word: Float[Array, "V E"]) -> Float[Array, "... V"]:
+    def __call__(self, hidden: Float[Array, "B N D"], word: Float[Array, "V E"]) -> Float[Array, "B N V"]:
         """Padded entries get the lowest float32, so that they can be neither predicted nor sampled."""
         c = self.config
         x = Linear(c.embedding_width, dtype=c.dtype, kernel_init=c.kernel_init(), name="dense")(hidden)
         x = c.norm("norm")(gelu(x))
         bias = self.param("output_bias", nn.initializers.zeros, (c.padded_vocab_size,))
-        logits = jnp.einsum("...e,ve->...v", x, word.astype(c.dtype), preferred_element_type=jnp.float32) + bias
-        real = jnp.arange(c.padded_vocab_size) < c.vocab_size
-        return jnp.where(real, logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.einsum("bne,ve->bnv", x, word.astype(c.dtype), preferred_element_type=jnp.float32)
+        real = jnp.arange(c.padded_vocab_size)[None, None] < c.vocab_size
+        return jnp.where(real, logits + bias[None, None], jnp.finfo(jnp.float32).min)
 
 
 class Generator(nn.Module):

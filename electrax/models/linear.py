@@ -4,6 +4,7 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -17,7 +18,7 @@ class Linear(nn.Module):
     features: int | tuple[int, ...]
     inputs: int = 1
     use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
@@ -31,5 +32,5 @@ class Linear(nn.Module):
         y = x.reshape(-1, fan_in).astype(self.dtype) @ kernel.reshape(fan_in, fan_out).astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, features)
-            y = y + bias.reshape(-1).astype(self.dtype)
+            y = y + bias.reshape(1, -1).astype(self.dtype)
         return y.reshape(*rows, *features)

@@ -73,7 +73,8 @@ def discriminator_shape(model: ModelConfig, vocab_size: int) -> EncoderConfig:
         width=width,
         heads=model.heads or (size.heads if width == size.width else max(1, width // 64)),
         feed_forward=model.feed_forward or 4 * width,
-        embedding_width=model.embedding_width or (width if size.embedding_width == size.width else size.embedding_width),
+        embedding_width=model.embedding_width
+        or (width if size.embedding_width == size.width else size.embedding_width),
         max_length=model.max_length,
         body=model.body,
         qk_norm=model.qk_norm,

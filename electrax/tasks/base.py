@@ -1,7 +1,7 @@
 """What the loop knows of an objective."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Mean(NamedTuple):
 Metrics = dict[str, Mean]
 
 
+@runtime_checkable
 class Task(Protocol):
     """An objective: a frozen dataclass without state.
 

@@ -70,7 +70,7 @@ class PretrainTask:
         return self.objective.kind == "rtd"
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Params:
-        ids = jnp.asarray(batch["ids"])[:1]
+        ids = jnp.asarray(batch["ids"][:1], jnp.int32)
         embedded_key, generator_key, discriminator_key, separate_key = jax.random.split(key, 4)
         real = padding_mask(ids != self.special.pad)
         embeddings = Embeddings(self.discriminator)
@@ -84,7 +84,9 @@ class PretrainTask:
             word = params["generator_embeddings"]["word"]
         params["generator"] = Generator(self.generator).init(generator_key, own, word, real)["params"]
         if self.detects:
-            params["discriminator"] = Discriminator(self.discriminator).init(discriminator_key, embedded, real)["params"]
+            params["discriminator"] = Discriminator(self.discriminator).init(discriminator_key, embedded, real)[
+                "params"
+            ]
         return params
 
     # -- corruption ---------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ class PretrainTask:
         """The rows with every used slot (the kept ones too) replaced by a sample; no gradient passes."""
         o = self.objective
         original = jnp.take_along_axis(prepared["ids"], prepared["slots"], axis=1)
-        draw = jax.vmap(lambda k, l, c: corruption.sample(k, l, c, o.temperature, o.disallow_correct))
+        draw = jax.vmap(lambda key, row, true: corruption.sample(key, row, true, o.temperature, o.disallow_correct))
         sampled = draw(prepared["sample_key"], jax.lax.stop_gradient(logits), original)
         corrupted = jax.vmap(corruption.write_at)(prepared["ids"], prepared["slots"], sampled, prepared["used"])
         return sampled, corrupted
@@ -241,8 +243,8 @@ class PretrainTask:
         found = []
         if figures["masked_accuracy"] < 1.2 * figures["unigram_accuracy"]:
             found.append(
-                f"the generator is at unigram level: it names {figures['masked_accuracy']:.1%} of the masked-out tokens, "
-                f"always guessing the most frequent one {figures['unigram_accuracy']:.1%}"
+                f"the generator is at unigram level: it names {figures['masked_accuracy']:.1%} of the masked-out "
+                f"tokens, always guessing the most frequent one {figures['unigram_accuracy']:.1%}"
             )
         if self.detects and (figures["rtd_auc"] < 0.55 or not figures["rtd_recall"] > 0):
             found.append(
@@ -267,7 +269,7 @@ class PretrainTask:
 
 
 def area_under_curve(score: Float[np.ndarray, "N"], positive: Bool[np.ndarray, "N"]) -> float:
-    """Exact area under the ROC curve: P(score of a positive > score of a negative), ties counted half; NaN without both."""
+    """Exact area under the ROC curve: P(score of a positive > score of a negative), ties half; NaN without both."""
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
         return float("nan")

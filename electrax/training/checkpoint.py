@@ -1,12 +1,11 @@
 """Checkpoints: saved in the background by orbax, each with a checksum manifest, verified before they are read."""
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import pathlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from electrax.config import UserError
+from electrax.data.corpus import file_sha256
+from electrax.data.shards import write_atomically
 
 log = logging.getLogger("electrax")
 MANIFEST = "checksums.json"
@@ -26,7 +27,9 @@ class CheckpointConfig:
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
-            raise UserError(f"checkpoint.every and checkpoint.keep must be at least 1, not {self.every} and {self.keep}")
+            raise UserError(
+                f"checkpoint.every and checkpoint.keep must be at least 1, not {self.every} and {self.keep}"
+            )
 
 
 class Checkpoints:
@@ -87,25 +90,8 @@ class Checkpoints:
         """The newest checkpoint that is whole, on the shardings of `abstract`; None where there is none.
 
         A damaged or half-written one is renamed to STEP.damaged with a warning, and the one before it is used.
-        Raises UserError where the state in it has another shape than the run's.
         """
-        for step in sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdigit()), reverse=True):
-            path = self.directory / str(step)
-            damage = find_damage(path)
-            if damage is None:
-                return step, self._read(step, abstract)
-            log.warning("%s: %s; it is set aside as %s.damaged, an earlier one is used", path, damage, step)
-            set_aside(path)
-        return None
-
-    def _read(self, step: int, abstract: Any) -> Any:
-        try:
-            return self._open().restore(step, args=ocp.args.StandardRestore(abstract))
-        except ValueError as error:
-            detail = str(error).strip().splitlines()
-            raise UserError(
-                f"{self.directory / str(step)}: does not fit this run's model or optimizer: {detail[0] if detail else error}"
-            ) from error
+        return restore_newest(self.directory, abstract, set_aside)
 
     def close(self) -> None:
         self.wait()
@@ -114,9 +100,27 @@ class Checkpoints:
             self._manager = None
 
 
-def file_sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def restore_newest(
+    directory: pathlib.Path, abstract: Any, on_damage: Callable[[pathlib.Path], None] = lambda path: None
+) -> tuple[int, Any] | None:
+    """(step, state) of the newest whole checkpoint; warns of each damaged one and hands it to `on_damage`.
+
+    Raises UserError where the state in it has another shape than `abstract`.
+    """
+    paths = [p for p in directory.glob("*") if p.name.isdigit()]
+    for path in sorted(paths, key=lambda p: int(p.name), reverse=True):
+        damage = find_damage(path)
+        if damage is not None:
+            log.warning("%s: %s; an earlier checkpoint is used", path, damage)
+            on_damage(path)
+            continue
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                return int(path.name), reader.restore(path.absolute() / "default", abstract)
+        except ValueError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{path}: does not fit this run's model or optimizer: {reason}") from error
+    return None
 
 
 def write_manifest(path: pathlib.Path) -> None:
@@ -124,16 +128,6 @@ def write_manifest(path: pathlib.Path) -> None:
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
     write_atomically(path / MANIFEST, json.dumps({"files": entries}, indent=1))
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """The file is either as it was or whole: written beside, flushed to disk, renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def find_damage(path: pathlib.Path) -> str | None:
@@ -154,6 +148,7 @@ def find_damage(path: pathlib.Path) -> str | None:
 
 
 def set_aside(path: pathlib.Path) -> None:
+    """Renames a checkpoint, so that its step can be saved again and nothing is lost."""
     target, number = path.with_name(path.name + ".damaged"), 1
     while target.exists():
         number += 1

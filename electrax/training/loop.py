@@ -119,8 +119,8 @@ class _Window:
         for offset, (loss, metrics) in enumerate(results):
             if not (math.isfinite(loss) and math.isfinite(metrics["gradient_norm"].total)):
                 raise NonFiniteLoss(
-                    f"the loss is {float(loss)} and the gradient's norm {float(metrics['gradient_norm'].total)} at step "
-                    f"{self.first + offset}, in the window of steps {self.first} to {step - 1}; "
+                    f"the loss is {float(loss)} and the gradient's norm {float(metrics['gradient_norm'].total)} "
+                    f"at step {self.first + offset}, in the window of steps {self.first} to {step - 1}; "
                     "the last checkpoint is from before. A lower optimizer.learning_rate or a longer warm-up may help"
                 )
         figures = {"loss": float(np.mean([loss for loss, _ in results]))}

@@ -17,7 +17,7 @@ class OptimizerConfig:
 
     learning_rate: float = 5e-4
     warmup_steps: float = 10_000
-    # multiplied: lr · (1 - t/T)^p · min(1, t/W) (the reference's); joined: up to W, then down over the T - W that are left
+    # multiplied: lr · (1 - t/T)^p · min(1, t/W) (the reference's); joined: up to W, then down over the T - W left
     schedule: Literal["multiplied", "joined"] = "multiplied"
     power: float = 1.0
     beta1: float = 0.9

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from electrax.config import UserError
 
@@ -51,7 +52,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     data = config.data or len(devices) // rest
     if data * rest != len(devices):
         raise UserError(
-            f"mesh data {data} x fsdp {config.fsdp} x model {config.model} = {data * rest}, but there are {len(devices)} devices"
+            f"mesh.data {data} x fsdp {config.fsdp} x model {config.model} is not the number of devices, {len(devices)}"
         )
     # Auto axes: linen's lookups and scatters do not type-check under the default, Explicit
     grid = np.asarray(devices).reshape(data, config.fsdp, config.model)
@@ -97,7 +98,7 @@ def params_sharding(params: Any, mesh: Mesh) -> Any:
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis and size % mesh.shape[axis]:
                 raise UserError(
-                    f"parameter {name} {tuple(leaf.shape)}: {size} does not divide over mesh.{axis} = {mesh.shape[axis]}"
+                    f"parameter {name} {tuple(leaf.shape)}: {size} is not divisible by mesh.{axis} {mesh.shape[axis]}"
                 )
         return NamedSharding(mesh, spec)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from electrax.config import UserError
 from electrax.tasks.base import Batch, Mean, Metrics, Params, Task
@@ -17,7 +17,7 @@ from electrax.training.sharding import batch_sharding, like_params, params_shard
 
 @flax.struct.dataclass
 class TrainState:
-    step: Int[Array, ""]  # updates done, also the position in the data
+    step: Any  # int32 scalar: updates done, also the position in the data
     params: Params
     opt_state: Any
 
@@ -56,7 +56,7 @@ def choose_microbatch(config_rows: int, rows: int, length: int, platform: str) -
         if rows % config_rows:
             near = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= config_rows)
             raise UserError(
-                f"optimizer.microbatch {config_rows} does not divide the {rows} rows of a device; the next one that does is {near}"
+                f"optimizer.microbatch {config_rows} does not divide the {rows} rows of a device; {near} does"
             )
         return config_rows
     if platform != "cpu":

@@ -19,7 +19,9 @@ class Tracker:
     `start`, the step this one resumes from, is dropped: it will come again.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, steps: int, rates: Callable[[int, float, int], dict], console):
+    def __init__(
+        self, workdir: pathlib.Path, start: int, steps: int, rates: Callable[[int, float, int], dict], console
+    ):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from tensorboardX import SummaryWriter
 

@@ -18,7 +18,26 @@ from electrax.data.rows import document_index
 from electrax.data.tokenizer import Tokenizer
 
 SMALL = {"CHUNK_CHARACTERS": 2000, "SAVE_EVERY": 2, "MEGABYTE": 1000}
-WORDS = "the a cat dog mat sat ran on under over big small red blue green one two three".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "mat",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "over",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "green",
+    "one",
+    "two",
+    "three",
+]
 
 
 def text_of(documents, seed=0):
@@ -165,7 +184,7 @@ def run_and_kill(config, chunks, tmp_path):
 @pytest.mark.parametrize("layout", ["packed", "segments"])
 def test_killed_again_and_again_it_goes_on_to_the_same_bytes(config, tmp_path, layout):
     (tmp_path / "b.txt").write_bytes(b"\xff\n" + (tmp_path / "b.txt").read_bytes() + b"\n\xff\n")
-    settings = dict(layout=layout, on_bad_input="skip", tokenizer="wordpiece", vocab_size=60, shard_mb=2)
+    settings = {"layout": layout, "on_bad_input": "skip", "tokenizer": "wordpiece", "vocab_size": 60, "shard_mb": 2}
     whole = prepare(config(out=str(tmp_path / "whole"), **settings))
     assert whole.manifest.counts["skipped"] == {"utf8": 2} and len(whole.manifest.splits["train"].shards) > 5
     for chunks in (1, 3, 6):  # saved are 0, 2 and 4 of them: the rest is cut off and made again
@@ -208,6 +227,28 @@ def test_another_command_or_other_input_does_not_go_on(config, tmp_path):
         file.write("more")
     with pytest.raises(UserError, match=r"made by another command \(the input files changed\)"):
         prepare(config())
+
+
+def test_a_run_that_came_to_nothing_does_not_bind_the_next(config, tmp_path):
+    with pytest.raises(UserError, match="tokenizer: expected"):
+        prepare(config(tokenizer="gone.txt"))
+    prepare(config())
+
+
+def test_a_shard_that_lost_bytes_is_not_filled_up(config, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(), stop_after(5))
+    os.truncate(tmp_path / "out.partial" / "train-00000.bin", 1)
+    with pytest.raises(UserError, match=r"train-00000.bin: expected at least \d+ bytes; remove"):
+        prepare(config())
+
+
+def test_an_empty_file_is_found_before_the_work_begins(config, tmp_path):
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(UserError, match="b.txt: expected text, found an empty file"):
+        prepare(config())
+    assert not (tmp_path / "out.partial").exists()
+    assert prepare(config(on_bad_input="skip")).manifest.counts["skipped"] == {"empty": 1}
 
 
 def test_a_directory_that_is_not_ours_is_left_alone(config, tmp_path):
@@ -280,6 +321,7 @@ def test_a_long_line_is_encoded_in_parts_without_changing_a_token(config, tmp_pa
 
     whole = encode.encode_lines(tokenizer, [line, "cat"])
     monkeypatch.setattr(encode, "PART", 50)
+    monkeypatch.setattr(encode, "BATCH", 120)
     parts = encode.encode_lines(tokenizer, [line, "cat"])
     assert len(encode.split_long(line)) > 50 and parts == whole and whole.lengths == [900, 1]
 

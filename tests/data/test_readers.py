@@ -88,6 +88,7 @@ def test_folders_and_globs_are_read_in_sorted_order(write, tmp_path):
             True,
         ),
         ("a.jsonl", b'{"text": "one"}\n{"t": 1}\n{"text": "three"}', "field", r"2: .* found the fields 't'", True),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n{"text": "three"}', "utf8", r"line 2: .* surrogate", True),
         ("a.jsonl", b'{"text": "one"}\n{"text": 1}\n{"text": "three"}', "field", r"found a int", True),
     ],
 )

@@ -201,9 +201,11 @@ def reference_rows(length, seed, documents):
             first_target = 100000 if chance() < 0.1 else (target - 3) // 2
             a, b = [], []
             for s in sentences:
-                if len(a) == 0 or len(a) + len(s) < first_target:
-                    a += s
-                elif len(b) == 0 and len(a) < first_target and chance() < 0.5:
+                if (
+                    len(a) == 0
+                    or len(a) + len(s) < first_target
+                    or (len(b) == 0 and len(a) < first_target and chance() < 0.5)
+                ):
                     a += s
                 else:
                     b += s

@@ -4,7 +4,30 @@ from electrax.config import UserError
 from electrax.data.tokenizer import KINDS, Tokenizer
 
 LINES = ["The cat sat on the mat, and the cats sat too.", "A café in Zürich: über-cool!", "unaffable 日本語 naïve"] * 30
-VOCAB = "[PAD] [UNK] [CLS] [SEP] [MASK] the un ##aff ##able cafe café Café [ ] mask sep ! ##s cat 日 ##a a".split()
+VOCAB = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "un",
+    "##aff",
+    "##able",
+    "cafe",
+    "café",
+    "Café",
+    "[",
+    "]",
+    "mask",
+    "sep",
+    "!",
+    "##s",
+    "cat",
+    "日",
+    "##a",
+    "a",
+]
 HARD = [
     "The CAFÉ café Café Cafe\u0301!!",
     "unaffable cats\tcat\u00a0cat\u200bcat\x00\ufffd",
