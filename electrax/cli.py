@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -108,12 +109,12 @@ def pretrain_command(arguments: Sequence[str]) -> int:
     _start_jax()
     from electrax.report import pretrain_and_report
 
-    command = " ".join(["electrax pretrain", *arguments])
+    command = shlex.join(["electrax", "pretrain", *arguments])
     return pretrain_and_report(config, command)
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
-    from electrax.config import build, merge, parse_overrides, read_toml
+    from electrax.config import load
     from electrax.experiment import CONFIG_FILE, PretrainConfig, read_config
 
     if _help(PretrainConfig, "electrax evaluate WORKDIR", arguments):
@@ -122,9 +123,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     if len(names) != 1:
         raise UserError("evaluate: expected one WORKDIR, then --section.key value …")
     read_config(names[0])  # a clear error where it holds no run
-    path = pathlib.Path(names[0]) / CONFIG_FILE
-    values = merge(read_toml(path), merge(parse_overrides(options), {"workdir": names[0]}))
-    config = build(PretrainConfig, values, str(path))
+    config = load(PretrainConfig, pathlib.Path(names[0]) / CONFIG_FILE, [*options, f"--workdir={names[0]}"])
     _start_jax()
     from electrax.report import evaluate_and_report
 

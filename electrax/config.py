@@ -41,8 +41,11 @@ def find_config(name: str, kind: str) -> pathlib.Path:
     raise UserError(f"{name}: no such file, and no shipped config of that name; shipped: {', '.join(names)}")
 
 
-def read_toml(path: str | os.PathLike) -> dict[str, Any]:
-    """The file's keys over those of the file that its `base` names (relative to it), if any."""
+def read_toml(path: str | os.PathLike, heirs: Sequence[pathlib.Path] = ()) -> dict[str, Any]:
+    """The file's keys over those of the file that its `base` names (relative to it), if any.
+
+    `heirs` are the files whose base this one is; one that names itself, at once or in a circle, is a UserError.
+    """
     path = pathlib.Path(path)
     try:
         own = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -53,10 +56,12 @@ def read_toml(path: str | os.PathLike) -> dict[str, Any]:
     base = own.pop("base", "")
     if not base:
         return own
-    parent = path.parent / base
-    if parent.resolve() == path.resolve():
-        raise UserError(f"{path}: base names the file itself")
-    return merge(read_toml(parent), own)
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base is {json.dumps(base, default=str)}, but must be the name of a TOML file")
+    parent, heirs = path.parent / base, [*heirs, path.resolve()]
+    if parent.resolve() in heirs:
+        raise UserError(f"{path}: base {base} leads back to the file itself")
+    return merge(read_toml(parent, heirs), own)
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,8 +73,12 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+class Word(str):
+    """A value on the command line: the text itself for a key that holds text, for any other what it is in TOML."""
+
+
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--a.b 1 --c=x --flag` -> {"a": {"b": 1}, "c": "x", "flag": True}. Values are read as TOML, else as text."""
+    """`--a.b 1 --c=x --flag` -> {"a": {"b": Word("1")}, "c": Word("x"), "flag": True}."""
     result: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -77,9 +86,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or word == "--":
             raise UserError(f"{word}: expected --section.key value")
         key, equals, value = word[2:].partition("=")
+        nested: Any = Word(value)
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        nested: Any = _parse_value(value)
+            nested = Word(rest.pop(0)) if rest and not rest[0].startswith("--") else True
         for part in reversed(key.replace("-", "_").split(".")):
             nested = {part: nested}
         result = merge(result, nested)
@@ -90,60 +99,62 @@ def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        return str(text)
 
 
-def build(cls: type[Config], values: Mapping[str, Any], origin: str, prefix: str = "") -> Config:
+def build(cls: type[Config], values: Mapping[str, Any], origin: str) -> Config:
     """A (nested) dataclass from plain values. Raises UserError for an unknown key or a value of the wrong type;
     `origin` says in the message where the values come from."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    return _construct(cls, _checked(cls, values, origin, ""))
+
+
+def _construct(cls: type[Config], values: Mapping[str, Any]) -> Config:
     hints = typing.get_type_hints(cls)
+    nested = {key for key in values if dataclasses.is_dataclass(hints[key])}
+    return cls(**{key: _construct(hints[key], value) if key in nested else value for key, value in values.items()})
+
+
+def _checked(cls: type, values: Mapping[str, Any], origin: str, prefix: str) -> dict[str, Any]:
+    """The values as the fields of `cls` want them, sections still as dicts."""
+    hints = typing.get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(cls)]
     unknown = [key for key in values if key not in fields]
     if unknown:
         near = difflib.get_close_matches(unknown[0], fields, n=1, cutoff=0.5)
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(fields)}"
         raise UserError(f"{origin}: unknown key {prefix}{unknown[0]}; {hint}")
-    arguments = {key: _convert(hints[key], value, origin, prefix + key) for key, value in values.items()}
-    return cls(**arguments)
+    return {key: _convert(hints[key], value, origin, prefix + key) for key, value in values.items()}
 
 
 def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
+    kind = typing.get_origin(hint)
+    if kind in (types.UnionType, typing.Union):
+        return value if value is None else _convert(next(iter(typing.get_args(hint))), value, origin, key)
+    choices = typing.get_args(hint) if kind is Literal else ()
+    if isinstance(value, Word):
+        value = str(value) if hint is str or value in choices else _parse_value(value)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{origin}: {key} is a section; set one of its keys, as in --{key}.NAME value")
-        return build(hint, value, origin, key + ".")
-    expected = None
-    kind = typing.get_origin(hint)
-    if kind is Literal:
-        choices = typing.get_args(hint)
-        if value in choices:
-            return value
-        expected = f"one of {', '.join(map(str, choices))}"
-    elif kind is tuple:
-        if isinstance(value, (list, tuple)):
-            return tuple(_convert(typing.get_args(hint)[0], item, origin, key) for item in value)
-        expected = "a list"
-    elif kind in (types.UnionType, typing.Union):
-        return value if value is None else _convert(next(iter(typing.get_args(hint))), value, origin, key)
-    elif hint is str:
-        # a path or name that happens to read as a number
-        return value if isinstance(value, str) else str(value)
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _checked(hint, value, origin, key + ".")
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(typing.get_args(hint)[0], item, origin, key) for item in value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    elif type(value) is hint:
+    if type(value) is hint or value in choices:
         return value
-    expected = expected or {int: "a whole number", float: "a number", bool: "true or false"}[hint]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    expected = f"one of {', '.join(map(str, choices))}" if choices else names.get(hint, "a list")
     raise UserError(f"{origin}: {key} is {json.dumps(value, default=str)}, but must be {expected}")
 
 
 def load(cls: type[Config], path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """Defaults < base < file < overrides. Each source is checked by itself, so that an error names the right one."""
-    from_file, from_line = read_toml(path), parse_overrides(overrides)
-    build(cls, from_line, "command line")
-    build(cls, from_file, str(path))
-    return build(cls, merge(from_file, from_line), str(path))
+    from_line = _checked(cls, parse_overrides(overrides), "command line", "")
+    from_file = _checked(cls, read_toml(path), str(path), "")
+    return _construct(cls, merge(from_file, from_line))
 
 
 def to_toml(config: Any) -> str:

@@ -164,7 +164,8 @@ def _prepare(config: PrepareConfig, sources: list[list[Source]], out: Path, part
     state = _resume(partial, plan)
     if state is None:
         progress(Progress("tokenizer", 0.0, 0, 0, 0, 0.0, 0.0))
-        _make_tokenizer(config, train).save(partial)
+        with open(_make_tokenizer(config, train).save(partial), "rb") as file:
+            os.fsync(file.fileno())
         state = _State()
         _write_progress(partial, plan, state)
     tokenizer = Tokenizer.load(partial)
@@ -209,9 +210,13 @@ def _cores() -> int:
 
 def _plan(config: PrepareConfig, sources: list[Source]) -> dict:
     """What a resumed run must share with the run it resumes, as JSON gives it back."""
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IN_THE_BYTES}
-    plan = {"format_version": FORMAT_VERSION, "config": settings, "sources": [s.fingerprint() for s in sources]}
+    fingerprints = [source.fingerprint() for source in sources]
+    plan = {"format_version": FORMAT_VERSION, "config": _settings(config), "sources": fingerprints}
     return json.loads(json.dumps(plan))
+
+
+def _settings(config: PrepareConfig) -> dict:
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IN_THE_BYTES}
 
 
 def _resume(partial: Path, plan: dict) -> _State | None:
@@ -358,7 +363,6 @@ def _manifest(config: PrepareConfig, tokenizer: Tokenizer, state: _State, writer
         "padding_share": 1 - sum(state.tokens.values()) / places,
         "skipped": dict(sorted(Counter(state.skipped).items())),
     }
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IN_THE_BYTES}
     return Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_sha256=tokenizer.sha256,
@@ -369,7 +373,7 @@ def _manifest(config: PrepareConfig, tokenizer: Tokenizer, state: _State, writer
         dtype=row_dtype(tokenizer.vocab_size).name,
         splits=splits,
         counts=counts,
-        config=settings,
+        config=_settings(config),
     )
 
 

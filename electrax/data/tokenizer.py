@@ -39,7 +39,7 @@ class Tokenizer:
             vocabulary = {backend.id_to_piece(i): i for i in range(backend.get_piece_size())}
         else:
             vocabulary = backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
         found = {role: next((n for n in names if n in vocabulary), None) for role, names in SPECIAL_NAMES.items()}
         missing = [" or ".join(SPECIAL_NAMES[role]) for role, name in found.items() if name is None]
         if missing:
@@ -82,15 +82,14 @@ class Tokenizer:
         kind: str, lines: Iterable[str], vocab_size: int, lowercase: bool = True, strip_accents: bool | None = None
     ) -> "Tokenizer":
         """Train one of KINDS; the same lines give the same bytes. `wordpiece` reads `lines` twice (not an iterator)."""
-        trainers: dict[str, Callable[[], Tokenizer]] = {
-            "wordpiece": lambda: _train_wordpiece(lines, vocab_size, lowercase, strip_accents),
-            "bpe": lambda: _train_bpe(lines, vocab_size),
-            "unigram": lambda: _train_sentencepiece("unigram", lines, vocab_size),
-            "sentencepiece-bpe": lambda: _train_sentencepiece("bpe", lines, vocab_size),
-        }
-        if kind not in trainers:
-            raise UserError(f"tokenizer: expected one of {', '.join(KINDS)} or a path, not {kind!r}")
-        return trainers[kind]()
+        match kind:
+            case "wordpiece":
+                return _train_wordpiece(lines, vocab_size, lowercase, strip_accents)
+            case "bpe":
+                return _train_bpe(lines, vocab_size)
+            case "unigram" | "sentencepiece-bpe":
+                return _train_sentencepiece(kind.removeprefix("sentencepiece-"), lines, vocab_size)
+        raise UserError(f"tokenizer: expected one of {', '.join(KINDS)} or a path, not {kind!r}")
 
     def save(self, directory: str | Path) -> Path:
         """Write tokenizer.json or tokenizer.model into `directory`; returns the file."""
