@@ -195,7 +195,7 @@ def set_up(config: PretrainConfig, progress: Callable[[Progress], None] = lambda
     microbatch = choose_microbatch(
         config.optimizer.microbatch, config.batch_size // ways, config.data.max_length, jax.default_backend()
     )
-    optimizer = make_optimizer(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, steps, config.faithful)
     example = {"ids": corpus.rows("train", np.zeros(config.batch_size, np.int64))}
     abstract = abstract_state(task, optimizer, example, mesh)
     checkpoints = Checkpoints(pathlib.Path(config.workdir) / "checkpoints", config.checkpoint.keep)
@@ -270,7 +270,7 @@ def load_params(workdir: str | os.PathLike, like: Params | None = None) -> Param
     task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     example: Batch = {"ids": np.zeros((1, config.data.max_length), np.uint16)}
-    abstract = abstract_state(task, make_optimizer(config.optimizer, 1), example, mesh)
+    abstract = abstract_state(task, make_optimizer(config.optimizer, 1, config.faithful), example, mesh)
     restored = restore_newest(pathlib.Path(workdir) / "checkpoints", abstract)
     if restored is None:
         raise UserError(f"{workdir}: no checkpoint yet")

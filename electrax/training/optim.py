@@ -26,6 +26,7 @@ class OptimizerConfig:
     bias_correction: bool = False
     weight_decay: float = 0.01
     clip_norm: float = 1.0  # 0: no clipping
+    layer_decay: float = 1.0  # each layer's rate as a share of that of the layer above it
     microbatch: int = 0  # rows of a device in one forward-backward pass; 0: chosen for the device
 
     def __post_init__(self):
@@ -81,13 +82,47 @@ def is_decayed(path: tuple, leaf: jax.Array) -> bool:
     return not any("norm" in name or "bias" in name for name in names)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, then the learning rate."""
+def layer_multiplier(path: tuple, layers: int, decay: float, faithful: bool = False) -> float:
+    """decay^(top - depth): depth 0 for embeddings and their projection, i + 1 for layer i, `top` for the head.
+
+    `top` is layers + 1. The reference's is layers + 2, since it counts a pooler that it does not have, so that its top
+    layer gets decay² of the head's rate (google-research/electra#51).
+    """
+    names = [str(getattr(key, "key", key)) for key in path]
+    top = layers + 2 if faithful else layers + 1
+    layer = next((int(name.removeprefix("layer_")) for name in names if name.startswith("layer_")), None)
+    if layer is not None:
+        depth = layer + 1
+    else:
+        depth = 0 if any("embeddings" in name for name in names) else top
+    return decay ** (top - depth)
+
+
+def scale_by_layer(config: OptimizerConfig, faithful: bool) -> optax.GradientTransformation:
+    """Updates times `layer_multiplier`; each tower counts its own layers, shared embeddings the deepest tower's."""
+
+    def update(updates, state, params=None):
+        towers = {name: _layers(tree) for name, tree in updates.items()}
+        multiply = lambda path, u: u * layer_multiplier(  # noqa: E731
+            path, towers[path[0].key] or max(towers.values()), config.layer_decay, faithful
+        )
+        return jax.tree_util.tree_map_with_path(multiply, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _layers(tower: dict) -> int:
+    return sum(name.startswith("layer_") for name in tower.get("encoder", {}))
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, faithful: bool = False) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay, then the learning rate, lower for deeper layers if asked."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         scale_by_adam(config),
         optax.add_decayed_weights(
             config.weight_decay, mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)
         ),
+        scale_by_layer(config, faithful) if config.layer_decay != 1.0 else optax.identity(),
         optax.scale_by_learning_rate(lambda count: learning_rate(config, steps, count)),
     )
