@@ -31,6 +31,10 @@ def main() -> None:
             raise
         print(f"electrax: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # the reader of our output, `head` say, has gone; Python must not fail again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         print("electrax: stopped", file=sys.stderr)
         sys.exit(130)

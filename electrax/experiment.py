@@ -35,16 +35,16 @@ MAY_CHANGE = {"workdir", "steps", "epochs", "init_from", "checkpoint", "eval", "
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """`path`: a directory made by `electrax prepare`, or text (file, folder, glob), or "sample" for the bundled books.
-    Text is prepared into the work directory first, as the other keys say; for a prepared one its manifest says."""
+    """The text. What is not prepared yet is prepared into the work directory first, as these keys say; a prepared
+    directory's manifest says them itself."""
 
-    path: str = ""
-    tokenizer: str = "wordpiece"
-    vocab_size: int = 30522
-    lowercase: bool = True
-    layout: Literal["packed", "segments"] = "packed"
-    max_length: int = 128
-    holdout: float = 0.01
+    path: str = ""  # a prepared directory, a text file, a folder, a glob, or "sample"
+    tokenizer: str = "wordpiece"  # wordpiece, bpe, unigram or sentencepiece-bpe to train one, or a path to load one
+    vocab_size: int = 30522  # of a tokenizer to train
+    lowercase: bool = True  # for wordpiece and vocab.txt
+    layout: Literal["packed", "segments"] = "packed"  # documents end to end, or the reference's sentence pairs
+    max_length: int = 128  # tokens in a row
+    holdout: float = 0.01  # share of documents kept for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,13 @@ class PretrainConfig:
     """A pretraining run. `steps`, or `epochs` over the training rows."""
 
     task: Literal["pretrain"] = "pretrain"
-    workdir: str = ""
-    seed: int = 0
-    steps: int = 0
-    epochs: float = 0.0
-    batch_size: int = 128
-    init_from: str = ""
-    faithful: bool = False
+    workdir: str = ""  # where everything of the run is kept; a run that is there is continued
+    seed: int = 0  # of weights, data order, masks, samples and dropout
+    steps: int = 0  # updates
+    epochs: float = 0.0  # over the training rows, instead of steps
+    batch_size: int = 128  # rows of a step, over all devices
+    init_from: str = ""  # work directory of a run to take the weights from
+    faithful: bool = False  # the reference's known flaws too
     model: ModelConfig = ModelConfig()
     generator: GeneratorConfig = GeneratorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

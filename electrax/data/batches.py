@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 ROUNDS = 3  # of both halves
-_27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_31, _32 = np.uint64(31), np.uint64(32)
 _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -59,8 +59,7 @@ def _feistel(values: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -
 
 
 def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """splitmix64's finalizer; uint64 arithmetic wraps around."""
-    mixed = values + key
-    mixed = (mixed ^ (mixed >> _30)) * _MULTIPLIER_1
-    mixed = (mixed ^ (mixed >> _27)) * _MULTIPLIER_2
+    """Multiply, fold, multiply, with splitmix64's constants; uint64 arithmetic wraps around."""
+    mixed = (values + key) * _MULTIPLIER_1
+    mixed = (mixed ^ (mixed >> _32)) * _MULTIPLIER_2
     return mixed >> _31  # a sum with a half cannot wrap around

@@ -36,46 +36,30 @@ NOT_IN_THE_BYTES = ("out", "workers", "on_bad_input")  # may differ between a ru
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Settings of `prepare`.
+    """Text -> tokenizer + token rows."""
 
-    texts: files, folders, globs (.txt, .json or .jsonl lines; also .gz .xz .zst) or tfds:NAME[/split]
-    out: the directory to make
-    tokenizer: wordpiece, bpe, unigram or sentencepiece-bpe to train one, or a path to load one
-    vocab_size: of a tokenizer to train; a small text may give fewer
-    lowercase: for wordpiece and vocab.txt
-    strip_accents: for wordpiece and vocab.txt; None follows lowercase
-    layout: packed (rows without loss) or segments (the reference's sentence pairs; a line is a sentence)
-    max_length: tokens in a row
-    documents: end of a document in plain text, a blank line or the end of the file
-    text_field: the field of JSON lines and TFDS examples
-    holdout: share of documents for evaluation, every round(1 / holdout)-th
-    valid: texts for evaluation instead of a holdout
-    workers: processes that encode; 0 takes all cores, 1 stays in this process
-    seed: of the chances in the layout segments
-    on_bad_input: stop at broken input, or skip and count it
-    max_line_mb: longest line, in MiB
-    shard_mb: size of a shard file
-    tfds_dir: where prepared TFDS datasets lie; None is ~/tensorflow_datasets
-    """
-
-    texts: tuple[str, ...]
-    out: str
-    tokenizer: str = "wordpiece"
-    vocab_size: int = 30522
-    lowercase: bool = True
-    strip_accents: bool | None = None
-    layout: Layout = "packed"
-    max_length: int = 128
-    documents: Documents = "blank_line"
-    text_field: str = "text"
-    holdout: float = 0.01
-    valid: tuple[str, ...] = ()
-    workers: int = 0
-    seed: int = 0
-    on_bad_input: OnBadInput = "error"
-    max_line_mb: int = 16
-    shard_mb: int = 64
-    tfds_dir: str | None = None
+    texts: tuple[
+        str, ...
+    ]  # files, folders, globs (.txt, .json or .jsonl lines; also .gz .xz .zst) or tfds:NAME[/split]
+    out: str  # the directory to make
+    tokenizer: str = "wordpiece"  # wordpiece, bpe, unigram or sentencepiece-bpe to train one, or a path to load one
+    vocab_size: int = 30522  # of a tokenizer to train; a small text may give fewer
+    lowercase: bool = True  # for wordpiece and vocab.txt
+    strip_accents: bool | None = None  # for wordpiece and vocab.txt; None follows lowercase
+    layout: Layout = (
+        "packed"  # rows without loss, or segments: the reference's sentence pairs, where a line is a sentence
+    )
+    max_length: int = 128  # tokens in a row
+    documents: Documents = "blank_line"  # end of a document in plain text: a blank line or the end of the file
+    text_field: str = "text"  # of JSON lines and TFDS examples
+    holdout: float = 0.01  # share of documents for evaluation, every round(1 / holdout)-th
+    valid: tuple[str, ...] = ()  # texts for evaluation instead of a holdout
+    workers: int = 0  # processes that encode; 0 takes all cores, 1 stays in this process
+    seed: int = 0  # of the chances in the layout segments
+    on_bad_input: OnBadInput = "error"  # stop at broken input, or skip and count it
+    max_line_mb: int = 16  # longest line, in MiB
+    shard_mb: int = 64  # size of a shard file
+    tfds_dir: str | None = None  # where prepared TFDS datasets lie; None is ~/tensorflow_datasets
 
     def __post_init__(self):
         minimum = {"max_length": 5, "vocab_size": 6, "workers": 0, "max_line_mb": 1, "shard_mb": 1}

@@ -32,20 +32,20 @@ class ModelConfig:
     """The discriminator. A size of the paper, and any number of it changed by name (0: as the size has it)."""
 
     size: Literal["tiny", "small", "base", "large", "small++"] = "small"
-    body: Literal["electra", "modern"] = "electra"
+    body: Literal["electra", "modern"] = "electra"  # the reference's, or pre-norm, rotary, GeGLU, without biases
     layers: int = 0
     width: int = 0
     heads: int = 0
     feed_forward: int = 0
     embedding_width: int = 0
-    max_length: int = 512
-    qk_norm: bool = False
+    max_length: int = 512  # positions
+    qk_norm: bool = False  # RMSNorm of queries and keys
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    attention: Implementation = "plain"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    scan_layers: bool = False
-    remat: bool = False
+    attention: Implementation = "plain"  # xla and cudnn: jax.nn.dot_product_attention's, without attention dropout
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and losses are float32
+    scan_layers: bool = False  # compiles one layer instead of all; slower to run
+    remat: bool = False  # computes activations again in the backward pass, to save memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class GeneratorConfig:
     layers: int = 0
     heads: int = 0
     feed_forward: int = 0
-    embeddings: Literal["shared", "separate"] = "shared"
+    embeddings: Literal["shared", "separate"] = "shared"  # word, position, type and their norm, one set or two
 
 
 def discriminator_shape(model: ModelConfig, vocab_size: int) -> EncoderConfig:
