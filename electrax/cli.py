@@ -68,7 +68,7 @@ def _help(cls: type, program: str, arguments: Sequence[str]) -> bool:
         return False
     import tyro
 
-    print(tyro.extras.get_parser(cls, prog=program, use_underscores=True).format_help())
+    print(tyro.extras.get_parser(tyro.conf.FlagConversionOff[cls], prog=program, use_underscores=True).format_help())
     return True
 
 

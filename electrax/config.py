@@ -96,6 +96,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
+    if text in ("True", "False", "None"):  # as --help shows them
+        return {"True": True, "False": False, "None": None}[text]
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -137,7 +139,8 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{origin}: {key} is a section; set one of its keys, as in --{key}.NAME value")
         return _checked(hint, value, origin, key + ".")
-    if kind is tuple and isinstance(value, (list, tuple)):
+    if kind is tuple and isinstance(value, (str, list, tuple)):
+        value = [value] if isinstance(value, str) else value
         return tuple(_convert(typing.get_args(hint)[0], item, origin, key) for item in value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)

@@ -38,17 +38,13 @@ NOT_IN_THE_BYTES = ("out", "workers", "on_bad_input")  # may differ between a ru
 class PrepareConfig:
     """Text -> tokenizer + token rows."""
 
-    texts: tuple[
-        str, ...
-    ]  # files, folders, globs (.txt, .json or .jsonl lines; also .gz .xz .zst) or tfds:NAME[/split]
+    texts: tuple[str, ...]  # files, folders, globs (.txt, .json, .jsonl; also .gz .xz .zst) or tfds:NAME[/split]
     out: str  # the directory to make
     tokenizer: str = "wordpiece"  # wordpiece, bpe, unigram or sentencepiece-bpe to train one, or a path to load one
     vocab_size: int = 30522  # of a tokenizer to train; a small text may give fewer
     lowercase: bool = True  # for wordpiece and vocab.txt
     strip_accents: bool | None = None  # for wordpiece and vocab.txt; None follows lowercase
-    layout: Layout = (
-        "packed"  # rows without loss, or segments: the reference's sentence pairs, where a line is a sentence
-    )
+    layout: Layout = "packed"  # full rows without loss, or the reference's sentence pairs (a line is a sentence)
     max_length: int = 128  # tokens in a row
     documents: Documents = "blank_line"  # end of a document in plain text: a blank line or the end of the file
     text_field: str = "text"  # of JSON lines and TFDS examples

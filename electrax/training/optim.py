@@ -103,12 +103,11 @@ def scale_by_layer(config: OptimizerConfig, faithful: bool) -> optax.GradientTra
 
     def update(updates, state, params=None):
         towers = {name: _layers(tree) for name, tree in updates.items()}
-        multiply = lambda path, u: (
-            u
-            * layer_multiplier(  # noqa: E731
-                path, towers[path[0].key] or max(towers.values()), config.layer_decay, faithful
-            )
-        )
+
+        def multiply(path, value):
+            layers = towers[path[0].key] or max(towers.values())
+            return value * layer_multiplier(path, layers, config.layer_decay, faithful)
+
         return jax.tree_util.tree_map_with_path(multiply, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
