@@ -102,7 +102,10 @@ def open_corpus(config: PretrainConfig, progress: Callable[[Progress], None]) ->
         if not (path / MANIFEST_FILE).is_file():
             workdir.mkdir(parents=True, exist_ok=True)
             prepare(wanted, progress)
-    corpus = Corpus.open(path)
+        corpus = Corpus.open(path)
+        check_prepared(wanted, corpus)
+    else:
+        corpus = Corpus.open(path)
     manifest = corpus.manifest
     for split in ("train", "valid"):
         if not corpus.size(split):
@@ -111,6 +114,24 @@ def open_corpus(config: PretrainConfig, progress: Callable[[Progress], None]) ->
         data, vocab_size=manifest.vocab_size, layout=manifest.layout, max_length=manifest.max_length
     )
     return dataclasses.replace(config, data=kept), corpus
+
+
+def check_prepared(wanted: PrepareConfig, corpus: Corpus) -> None:
+    """Raises UserError where the rows kept in a work directory were made with other settings than these."""
+    made, manifest = corpus.manifest.config, corpus.manifest
+    for key in ("tokenizer", "vocab_size", "lowercase", "layout", "max_length", "holdout", "seed"):
+        # config.toml has the vocabulary's real size, which may be smaller than the one asked for
+        if getattr(wanted, key) not in (made[key], getattr(manifest, key, made[key])):
+            name = key if key == "seed" else f"data.{key}"
+            raise UserError(
+                f"{corpus.directory} was prepared with {name} = {made[key]!r}, now {getattr(wanted, key)!r}; "
+                "take another workdir, or remove that directory"
+            )
+    if pathlib.Path(wanted.texts[0]).name != pathlib.Path(made["texts"][0]).name:
+        raise UserError(
+            f"{corpus.directory} was prepared from {made['texts'][0]}, not from {wanted.texts[0]}; "
+            "take another workdir, or remove that directory"
+        )
 
 
 def make_task(
@@ -230,11 +251,11 @@ def set_up(config: PretrainConfig, progress: Callable[[Progress], None] = lambda
 
 
 def keep_config(config: PretrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes config.toml and the tokenizer into the work directory. Raises UserError where a run is kept there
-    already that this one does not continue."""
+    """Writes config.toml and the tokenizer into the work directory. Raises UserError where checkpoints are kept there
+    of a run that this one does not continue."""
     workdir = pathlib.Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / CONFIG_FILE).is_file():
+    if (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")):
         before, now = dataclasses.asdict(read_config(workdir)), dataclasses.asdict(config)
         for key, old, new in _differences(before, now):
             if key.split(".")[0] not in MAY_CHANGE and key != "optimizer.microbatch":

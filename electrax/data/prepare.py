@@ -83,7 +83,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Report:
-    """The finished corpus, and the speed of this run (which may have resumed another)."""
+    """The finished corpus, and the text and seconds of this run's encoding (it may have resumed another's)."""
 
     manifest: Manifest
     seconds: float
@@ -138,7 +138,6 @@ def _find(config: PrepareConfig, texts: tuple[str, ...]) -> list[Source]:
 
 
 def _prepare(config: PrepareConfig, sources: list[list[Source]], out: Path, partial: Path, progress) -> Report:
-    start = time.monotonic()
     train, all_sources = sources[0], sources[0] + sources[1]
     plan = _plan(config, all_sources)
     state = _resume(partial, plan)
@@ -149,7 +148,7 @@ def _prepare(config: PrepareConfig, sources: list[list[Source]], out: Path, part
         state = _State()
         _write_progress(partial, plan, state)
     tokenizer = Tokenizer.load(partial)
-    before = state.text_bytes
+    before, start = state.text_bytes, time.monotonic()
 
     every = 0 if config.valid else _holdout_every(train, config)
     reader = LineReader(all_sources, config.on_bad_input, state.skipped)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import threading
 from collections.abc import Callable
@@ -49,9 +50,12 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            best = managers.BestN(get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False)
+            best = managers.BestN(get_metric_fn=_score, n=1)
             policy = managers.AnyPreservationPolicy([managers.LatestN(self._keep), best])
-            options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+            # `policy` alone decides what is kept, but without `best_fn` orbax would not write the scores down
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=_score, cleanup_tmp_directories=True
+            )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
@@ -63,8 +67,7 @@ class Checkpoints:
         """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""
         self.wait()
         manager = self._open()
-        metrics = None if score is None else {"score": score}
-        if not manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True):
+        if not manager.save(step, args=ocp.args.StandardSave(state), metrics={"score": score}, force=True):
             raise RuntimeError(f"orbax did not save step {step} in {self.directory}")
         self._sealing = threading.Thread(target=self._seal, args=(step,), name="electrax-checkpoint")
         self._sealing.start()
@@ -98,6 +101,11 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+
+def _score(metrics: dict[str, float | None]) -> float:
+    """What was not evaluated is never the best."""
+    return -math.inf if metrics["score"] is None else metrics["score"]
 
 
 def restore_newest(
@@ -134,15 +142,18 @@ def find_damage(path: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is as it was written."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return "half-written (it has no checksum manifest)"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"damaged ({MANIFEST} cannot be read)"
-    for name, entry in files.items():
+    if not wanted:
+        return f"damaged ({MANIFEST} names no file)"
+    for name, (size, sha256) in wanted.items():
         file = path / name
         if not file.is_file():
             return f"damaged ({name} is missing)"
-        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size or file_sha256(file) != sha256:
             return f"damaged ({name} differs from its checksum)"
     return None
 

@@ -47,7 +47,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The global mesh `data` x `fsdp` x `model` over the given devices (default: all)."""
     devices = jax.devices() if devices is None else devices
     rest = config.fsdp * config.model
-    if rest < 1 or len(devices) % rest:
+    if min(config.fsdp, config.model) < 1 or len(devices) % rest:
         raise UserError(f"mesh.fsdp {config.fsdp} x mesh.model {config.model} does not divide {len(devices)} devices")
     data = config.data or len(devices) // rest
     if data * rest != len(devices):

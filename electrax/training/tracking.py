@@ -27,9 +27,9 @@ class Tracker:
 
         self._rates, self._steps, self._console = rates, steps, console
         path = workdir / METRICS_FILE
-        self._seconds = _keep_until(path, start) if path.is_file() else 0.0
+        self._seconds = _keep_until(path, start, finished=start == steps) if path.is_file() else 0.0
         self._file = open(path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir), purge_step=start or None, write_to_disk=True)
+        self._board = SummaryWriter(str(workdir), purge_step=start + 1, write_to_disk=True)
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(bar_width=20),
@@ -85,15 +85,17 @@ def describe(record: Record, figures: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _keep_until(path: pathlib.Path, start: int) -> float:
-    """Drops the lines of later steps and a half-written last one; returns the seconds of the last kept log line."""
+def _keep_until(path: pathlib.Path, start: int, finished: bool) -> float:
+    """Drops the lines of later steps, a half-written last one and, of a finished run, its last evaluation: all of them
+    come again. Returns the seconds of the last kept log line."""
     kept, seconds = [], 0.0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["step"] <= start and not (row["step"] == start and "eval_loss" in row):
+        again = finished and row["step"] == start and "eval_loss" in row
+        if row["step"] <= start and not again:
             kept.append(line)
             seconds = row.get("seconds", seconds)
     write_atomically(path, "".join(line + "\n" for line in kept))
