@@ -22,12 +22,19 @@ from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_sh
 from electrax.tasks.base import Batch, Params
 from electrax.tasks.corruption import slot_count
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
-from electrax.training.checkpoint import CheckpointConfig, Checkpoints, restore_newest
+from electrax.training.checkpoint import CheckpointConfig, Checkpoints, restore_newest_params
 from electrax.training.evaluate import make_evaluate
 from electrax.training.loop import EvalConfig, LogConfig, Record, train
 from electrax.training.optim import OptimizerConfig, make_optimizer
 from electrax.training.sharding import MeshConfig, make_mesh, put_batch, row_ways
-from electrax.training.state import TrainState, abstract_state, choose_microbatch, fresh_state, make_step
+from electrax.training.state import (
+    TrainState,
+    abstract_params,
+    abstract_state,
+    choose_microbatch,
+    fresh_state,
+    make_step,
+)
 
 CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
 MAY_CHANGE = {"workdir", "steps", "epochs", "init_from", "checkpoint", "eval", "log", "mesh"}  # when a run is resumed
@@ -119,12 +126,11 @@ def open_corpus(config: PretrainConfig, progress: Callable[[Progress], None]) ->
 def check_prepared(wanted: PrepareConfig, corpus: Corpus) -> None:
     """Raises UserError where the rows kept in a work directory were made with other settings than these."""
     made, manifest = corpus.manifest.config, corpus.manifest
-    for key in ("tokenizer", "vocab_size", "lowercase", "layout", "max_length", "holdout", "seed"):
+    for key in ("tokenizer", "vocab_size", "lowercase", "layout", "max_length", "holdout"):
         # config.toml has the vocabulary's real size, which may be smaller than the one asked for
         if getattr(wanted, key) not in (made[key], getattr(manifest, key, made[key])):
-            name = key if key == "seed" else f"data.{key}"
             raise UserError(
-                f"{corpus.directory} was prepared with {name} = {made[key]!r}, now {getattr(wanted, key)!r}; "
+                f"{corpus.directory} was prepared with data.{key} = {made[key]!r}, now {getattr(wanted, key)!r}; "
                 "take another workdir, or remove that directory"
             )
     if pathlib.Path(wanted.texts[0]).name != pathlib.Path(made["texts"][0]).name:
@@ -223,7 +229,7 @@ def set_up(config: PretrainConfig, progress: Callable[[Progress], None] = lambda
     restored = checkpoints.restore(abstract)
     start, state = restored or (0, fresh_state(task, optimizer, example, abstract, config.seed))
     if restored is None and config.init_from:
-        state = state.replace(params=load_params(config.init_from, abstract.params))
+        state = state.replace(params=initial_params(config.init_from, abstract.params, mesh))
     step_function = make_step(task, optimizer, abstract, mesh, microbatch, config.seed)
     compiled = step_function.lower(state, put_batch(example, mesh)).compile()
     memory = compiled.memory_analysis()
@@ -284,24 +290,37 @@ def read_config(workdir: str | os.PathLike) -> PretrainConfig:
     return build(PretrainConfig, read_toml(path), str(path))
 
 
-def load_params(workdir: str | os.PathLike, like: Params | None = None) -> Params:
-    """The parameters in the newest whole checkpoint of a run; `like` says the shapes and shardings they must have."""
-    config = read_config(workdir)
-    tokenizer = Tokenizer.load(workdir)
+def load_params(workdir: str | os.PathLike, mesh: Mesh | None = None) -> tuple[int, Params]:
+    """(step, parameters) of the newest whole checkpoint of a run, on a mesh (default: the first device)."""
+    config, tokenizer = read_config(workdir), Tokenizer.load(workdir)
     task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     example: Batch = {"ids": np.zeros((1, config.data.max_length), np.uint16)}
-    abstract = abstract_state(task, make_optimizer(config.optimizer, 1, config.faithful), example, mesh)
-    restored = restore_newest(pathlib.Path(workdir) / "checkpoints", abstract)
+    abstract = abstract_params(task, example, mesh)
+    restored = restore_newest_params(pathlib.Path(workdir) / "checkpoints", abstract)
     if restored is None:
         raise UserError(f"{workdir}: no checkpoint yet")
-    params = restored[1].params
-    if like is None:
-        return params
-    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, like)]
-    if shapes[0] != shapes[1]:
+    return restored
+
+
+def initial_params(workdir: str, like: Params, mesh: Mesh) -> Params:
+    """The parameters of another run, if they have the shapes of `like`."""
+    params = load_params(workdir, mesh)[1]
+    if jax.tree.map(lambda leaf: leaf.shape, params) != jax.tree.map(lambda leaf: leaf.shape, like):
         raise UserError(f"init_from {workdir}: its model has other shapes or parts than this run's")
-    return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, like))
+    return params
+
+
+def evaluate_newest(config: PretrainConfig) -> tuple[PretrainTask, Tokenizer, Record]:
+    """The newest whole checkpoint of a run on the held-out rows that `data` names."""
+    mesh = make_mesh(config.mesh)
+    config, corpus = open_corpus(config, lambda _: None)
+    tokenizer = corpus.tokenizer()
+    if Tokenizer.load(config.workdir).sha256 != tokenizer.sha256:
+        raise UserError(f"{config.data.path}: prepared with another tokenizer than the model in {config.workdir}")
+    task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, corpus)
+    step, params = load_params(config.workdir, mesh)
+    return task, tokenizer, Record(step, "eval", *make_evaluate(task, mesh)(params))
 
 
 def load(workdir: str | os.PathLike) -> PretrainedModel:
@@ -309,7 +328,7 @@ def load(workdir: str | os.PathLike) -> PretrainedModel:
     config, tokenizer = read_config(workdir), Tokenizer.load(workdir)
     task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
     return PretrainedModel(
-        load_params(workdir),
+        load_params(workdir)[1],
         tokenizer,
         task.generator,
         task.discriminator if task.detects else None,

@@ -14,11 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from electrax.config import UserError
 from electrax.data import prepare as preparing
 from electrax.data.shards import write_atomically
-from electrax.experiment import RESULTS_FILE, PretrainConfig, Run, set_up
+from electrax.data.tokenizer import Tokenizer
+from electrax.experiment import RESULTS_FILE, PretrainConfig, Run, evaluate_newest, set_up
 from electrax.models.flops import peak_flops
+from electrax.tasks.pretrain import PretrainTask
 from electrax.training.loop import Interrupted, Record
 from electrax.training.optim import learning_rate
 from electrax.training.tracking import Tracker
@@ -148,37 +149,34 @@ class StopSignal:
 
 def pretrain_and_report(config: PretrainConfig, command: str) -> int:
     """The command `pretrain`: sets up, trains, reports. Returns the exit status."""
-    with StopSignal() as stop:
-        with PrepareProgress() as progress:
-            run = set_up(config, progress)
-        show_preflight(run)
-        workdir = pathlib.Path(config.workdir)
-        tracker = Tracker(workdir, run.start, run.steps, _rates(run), console)
-        final: Record | None = None
-        try:
+    with PrepareProgress() as progress:
+        run = set_up(config, progress)
+    show_preflight(run)
+    workdir = pathlib.Path(config.workdir)
+    tracker = Tracker(workdir, run.start, run.steps, _rates(run), console)
+    final: Record | None = None
+    try:
+        with StopSignal() as stop:
             for record in run.train(stop):
                 tracker.write(record)
                 final = record if record.kind == "eval" else final
-        except Interrupted as stopped:
-            run.checkpoints.close()
-            console.print(f"saved step {stopped.step} in {workdir}; to continue: {command}", soft_wrap=True)
-            return 130
-        finally:
-            tracker.close()
-            run.checkpoints.close()
+    except Interrupted as stopped:
+        run.checkpoints.close()
+        console.print(f"saved step {stopped.step} in {workdir}; to continue: {command}", soft_wrap=True)
+        return 130
+    finally:
+        tracker.close()
+        run.checkpoints.close()
     assert final is not None  # the loop always evaluates the last step
     write_results(workdir, final)
-    show_final(run, final)
+    show_final(run.task, run.tokenizer, final)
     return 0
 
 
 def evaluate_and_report(config: PretrainConfig) -> int:
     """The command `evaluate`: the newest checkpoint's figures on the held-out rows; nothing is written."""
-    run = set_up(config)
-    if not run.start:
-        raise UserError(f"{config.workdir}: no checkpoint yet")
-    figures, arrays = run.evaluate(run.state.params)
-    show_final(run, Record(run.start, "eval", figures, arrays))
+    task, tokenizer, final = evaluate_newest(config)
+    show_final(task, tokenizer, final)
     return 0
 
 
@@ -218,7 +216,7 @@ MEANINGS = {
 }
 
 
-def show_final(run: Run, final: Record) -> None:
+def show_final(task: PretrainTask, tokenizer: Tokenizer, final: Record) -> None:
     """The evaluation as a table, held-out text with its replaced tokens marked, and what did not learn."""
     table = Table(title=f"held-out rows after step {final.step:,}", title_justify="left")
     table.add_column("figure")
@@ -228,23 +226,23 @@ def show_final(run: Run, final: Record) -> None:
         if name in final.figures:
             table.add_row(name, f"{final.figures[name]:.4f}", meaning)
     console.print(table)
-    if run.task.detects:
+    if task.detects:
         console.print("[bold]replaced tokens[/]: was→now and the discriminator's probability that it was replaced;")
         console.print("green: found (above 50 %), red: missed, yellow: original but flagged")
-        for line in marked_rows(run, final.arrays):
+        for line in marked_rows(tokenizer, final.arrays):
             console.print(line)
-    for finding in run.task.diagnose(final.figures):
+    for finding in task.diagnose(final.figures):
         console.print(f"[bold red]did not learn:[/] {finding}", soft_wrap=True)
 
 
-def marked_rows(run: Run, arrays: dict[str, np.ndarray], count: int = 3, tokens: int = 40) -> list[Text]:
+def marked_rows(tokenizer: Tokenizer, arrays: dict[str, np.ndarray], count: int = 3, tokens: int = 40) -> list[Text]:
     """The start of a few held-out rows, spread evenly, with every replaced or flagged token marked."""
     lines = []
     for row in np.linspace(0, len(arrays["ids"]) - 1, min(count, len(arrays["ids"]))).astype(int):
         line = Text("- ")
         shown = np.flatnonzero(arrays["real"][row])[:tokens]
-        original = run.tokenizer.pieces(arrays["ids"][row, shown])
-        corrupted = run.tokenizer.pieces(arrays["corrupted"][row, shown])
+        original = tokenizer.pieces(arrays["ids"][row, shown])
+        corrupted = tokenizer.pieces(arrays["corrupted"][row, shown])
         for place, was, now in zip(shown, original, corrupted, strict=True):
             probability = 1 / (1 + math.exp(-float(arrays["score"][row, place])))
             if arrays["replaced"][row, place]:

@@ -16,6 +16,8 @@ from orbax.checkpoint import checkpoint_managers as managers
 from electrax.config import UserError
 from electrax.data.corpus import file_sha256
 from electrax.data.shards import write_atomically
+from electrax.tasks.base import Params
+from electrax.training.state import TrainState
 
 log = logging.getLogger("electrax")
 MANIFEST = "checksums.json"
@@ -63,11 +65,11 @@ class Checkpoints:
         """Steps of the checkpoints that are complete, in order."""
         return sorted(int(p.parent.name) for p in self.directory.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
 
-    def save(self, step: int, state: Any, score: float | None = None) -> None:
+    def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""
         self.wait()
-        manager = self._open()
-        if not manager.save(step, args=ocp.args.StandardSave(state), metrics={"score": score}, force=True):
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        if not self._open().save(step, args=ocp.args.Composite(**items), metrics={"score": score}, force=True):
             raise RuntimeError(f"orbax did not save step {step} in {self.directory}")
         self._sealing = threading.Thread(target=self._seal, args=(step,), name="electrax-checkpoint")
         self._sealing.start()
@@ -89,7 +91,7 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise UserError(f"{self.directory}: the checkpoint could not be written: {failure}") from failure
 
-    def restore(self, abstract: Any) -> tuple[int, Any] | None:
+    def restore(self, abstract: TrainState) -> tuple[int, TrainState] | None:
         """The newest checkpoint that is whole, on the shardings of `abstract`; None where there is none.
 
         A damaged or half-written one is renamed to STEP.damaged with a warning, and the one before it is used.
@@ -108,13 +110,31 @@ def _score(metrics: dict[str, float | None]) -> float:
     return -math.inf if metrics["score"] is None else metrics["score"]
 
 
+def _items(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint keeps apart, so that a model can be loaded without its optimizer."""
+    return {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+
+
 def restore_newest(
-    directory: pathlib.Path, abstract: Any, on_damage: Callable[[pathlib.Path], None] = lambda path: None
-) -> tuple[int, Any] | None:
+    directory: pathlib.Path, abstract: TrainState, on_damage: Callable[[pathlib.Path], None] = lambda path: None
+) -> tuple[int, TrainState] | None:
     """(step, state) of the newest whole checkpoint; warns of each damaged one and hands it to `on_damage`.
 
     Raises UserError where the state in it has another shape than `abstract`.
     """
+    found = _read_newest(directory, _items(abstract), on_damage)
+    return found and (found[0], TrainState(params=found[1]["params"], **found[1]["optimizer"]))
+
+
+def restore_newest_params(directory: pathlib.Path, abstract: Params) -> tuple[int, Params] | None:
+    """(step, parameters) of the newest whole checkpoint; changes nothing in the directory."""
+    found = _read_newest(directory, {"params": abstract}, lambda path: None)
+    return found and (found[0], found[1]["params"])
+
+
+def _read_newest(
+    directory: pathlib.Path, items: dict[str, Any], on_damage: Callable[[pathlib.Path], None]
+) -> tuple[int, dict[str, Any]] | None:
     paths = [p for p in directory.glob("*") if p.name.isdigit()]
     for path in sorted(paths, key=lambda p: int(p.name), reverse=True):
         damage = find_damage(path)
@@ -124,10 +144,11 @@ def restore_newest(
             continue
         try:
             with ocp.StandardCheckpointer() as reader:
-                return int(path.name), reader.restore(path.absolute() / "default", abstract)
+                state = {name: reader.restore(path.absolute() / name, tree) for name, tree in items.items()}
         except ValueError as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{path}: does not fit this run's model or optimizer: {reason}") from error
+        return int(path.name), state
     return None
 
 

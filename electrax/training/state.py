@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from electrax.config import UserError
@@ -22,6 +22,16 @@ class TrainState:
     opt_state: Any
 
 
+def abstract_params(task: Task, batch: Batch, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of a task's parameters, without computing anything."""
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), batch))
+    return jax.tree.map(_placed, shapes, params_sharding(shapes, mesh))
+
+
+def _placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, batch: Batch, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing anything."""
 
@@ -31,7 +41,7 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation, batch: B
 
     shapes = jax.eval_shape(build)
     shardings = like_params(shapes, shapes.params, params_sharding(shapes.params, mesh), mesh)
-    return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+    return jax.tree.map(_placed, shapes, shardings)
 
 
 def fresh_state(
