@@ -96,8 +96,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
-    if text in ("True", "False", "None"):  # as --help shows them
-        return {"True": True, "False": False, "None": None}[text]
+    if text in ("True", "False"):  # as --help shows them
+        return text == "True"
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -131,7 +131,8 @@ def _checked(cls: type, values: Mapping[str, Any], origin: str, prefix: str) -> 
 def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
     kind = typing.get_origin(hint)
     if kind in (types.UnionType, typing.Union):
-        return value if value is None else _convert(next(iter(typing.get_args(hint))), value, origin, key)
+        absent = value is None or (isinstance(value, Word) and value == "None")
+        return None if absent else _convert(next(iter(typing.get_args(hint))), value, origin, key)
     choices = typing.get_args(hint) if kind is Literal else ()
     if isinstance(value, Word):
         value = str(value) if hint is str or value in choices else _parse_value(value)

@@ -1,5 +1,6 @@
 """Composes the parts: configs into objects, objects into a run. The one place where a name becomes an object."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -26,7 +27,7 @@ from electrax.training.checkpoint import CheckpointConfig, Checkpoints, restore_
 from electrax.training.evaluate import make_evaluate
 from electrax.training.loop import EvalConfig, LogConfig, Record, train
 from electrax.training.optim import OptimizerConfig, make_optimizer
-from electrax.training.sharding import MeshConfig, make_mesh, put_batch, row_ways
+from electrax.training.sharding import MeshConfig, local_rows, make_mesh, put_batch, row_ways
 from electrax.training.state import (
     TrainState,
     abstract_params,
@@ -36,6 +37,9 @@ from electrax.training.state import (
     make_step,
 )
 
+# entered around a preparation, gives what `prepare` reports its progress to
+Watcher = contextlib.AbstractContextManager[Callable[[Progress], None]]
+QUIET: Watcher = contextlib.nullcontext(lambda _: None)
 CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
 MAY_CHANGE = {"workdir", "steps", "epochs", "init_from", "checkpoint", "eval", "log", "mesh"}  # when a run is resumed
 
@@ -95,7 +99,7 @@ class PretrainConfig:
                 raise UserError(f"objective.{key} must lie between 0 and 1, not {getattr(self.objective, key)}")
 
 
-def open_corpus(config: PretrainConfig, progress: Callable[[Progress], None]) -> tuple[PretrainConfig, Corpus]:
+def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConfig, Corpus]:
     """The rows that `data.path` names, prepared first where it names text, and the config with what they are."""
     data, workdir = config.data, pathlib.Path(config.workdir)
     if not data.path:
@@ -108,7 +112,8 @@ def open_corpus(config: PretrainConfig, progress: Callable[[Progress], None]) ->
         wanted = PrepareConfig(texts=(texts,), out=str(path), seed=config.seed, **options)
         if not (path / MANIFEST_FILE).is_file():
             workdir.mkdir(parents=True, exist_ok=True)
-            prepare(wanted, progress)
+            with progress as report:
+                prepare(wanted, report)
         corpus = Corpus.open(path)
         check_prepared(wanted, corpus)
     else:
@@ -168,7 +173,7 @@ def make_task(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything a training needs, made and checked, with the step compiled."""
+    """Everything a training needs, made and checked."""
 
     config: PretrainConfig
     task: PretrainTask
@@ -181,12 +186,19 @@ class Run:
     step_function: Callable
     evaluate: Callable[[Params], tuple[dict[str, float], dict[str, np.ndarray]]]
     checkpoints: Checkpoints
-    memory_bytes: int
     flops_per_step: float
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.data.max_length
+
+    def compiled(self) -> tuple["Run", int]:
+        """The run with its step compiled, and the bytes of a device that the step needs (0: not known)."""
+        example = put_batch(self.task.train_batch(self.start, local_rows(self.config.batch_size)), self.mesh)
+        step = self.step_function.lower(self.state, example).compile()
+        memory = step.memory_analysis()
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+        return dataclasses.replace(self, step_function=step), needed
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
         return train(
@@ -204,7 +216,7 @@ class Run:
         )
 
 
-def set_up(config: PretrainConfig, progress: Callable[[Progress], None] = lambda _: None) -> Run:
+def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
     """Prepares what is not there yet and checks that everything fits, before step 0. Resumes from the newest whole
     checkpoint of the work directory; otherwise starts fresh, from the weights of `init_from` if given."""
     mesh = make_mesh(config.mesh)
@@ -231,8 +243,6 @@ def set_up(config: PretrainConfig, progress: Callable[[Progress], None] = lambda
     if restored is None and config.init_from:
         state = state.replace(params=initial_params(config.init_from, abstract.params, mesh))
     step_function = make_step(task, optimizer, abstract, mesh, microbatch, config.seed)
-    compiled = step_function.lower(state, put_batch(example, mesh)).compile()
-    memory = compiled.memory_analysis()
     return Run(
         config=config,
         task=task,
@@ -242,10 +252,9 @@ def set_up(config: PretrainConfig, progress: Callable[[Progress], None] = lambda
         steps=steps,
         start=start,
         state=state,
-        step_function=compiled,
+        step_function=step_function,
         evaluate=make_evaluate(task, mesh),
         checkpoints=checkpoints,
-        memory_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0,
         flops_per_step=pretraining_step(
             task.generator,
             task.discriminator if task.detects else None,
@@ -314,7 +323,7 @@ def initial_params(workdir: str, like: Params, mesh: Mesh) -> Params:
 def evaluate_newest(config: PretrainConfig) -> tuple[PretrainTask, Tokenizer, Record]:
     """The newest whole checkpoint of a run on the held-out rows that `data` names."""
     mesh = make_mesh(config.mesh)
-    config, corpus = open_corpus(config, lambda _: None)
+    config, corpus = open_corpus(config, QUIET)
     tokenizer = corpus.tokenizer()
     if Tokenizer.load(config.workdir).sha256 != tokenizer.sha256:
         raise UserError(f"{config.data.path}: prepared with another tokenizer than the model in {config.workdir}")

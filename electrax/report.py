@@ -79,7 +79,7 @@ def show_prepared(out: str, report: preparing.Report) -> None:
 
 
 def show_preflight(run: Run) -> None:
-    """Devices, parameters, tokens, FLOPs and memory of a step, and the loss to expect at first."""
+    """Devices, parameters, tokens and FLOPs of a step, and the loss to expect at first."""
     devices = jax.devices()
     sizes = {name: _count(tree) for name, tree in run.state.params.items()}
     shape = "x".join(str(n) for n in run.mesh.devices.shape)
@@ -96,12 +96,16 @@ def show_preflight(run: Run) -> None:
         ("steps", f"{run.start:,} to {run.steps:,}" + (" (continued)" if run.start else "")),
         ("tokens a step", f"{run.config.batch_size} rows x {run.config.data.max_length} = {run.tokens_per_step:,}"),
         ("FLOPs a step", f"{run.flops_per_step:.3g} in matrix products ({run.flops_per_step * run.steps:.3g} the run)"),
-        ("memory a step", f"{run.memory_bytes / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows"),
     ]
     if run.start == 0 and not run.config.init_from:
         rows.append(("first loss", expected_first_loss(run)))
     for name, value in rows:
-        console.print(f"[bold]{name:<14}[/] {value}", highlight=False, soft_wrap=True)
+        show_line(name, value)
+    console.print("compiling the step …")
+
+
+def show_line(name: str, value: str) -> None:
+    console.print(f"[bold]{name:<14}[/] {value}", highlight=False, soft_wrap=True)
 
 
 def _describe_data(run: Run) -> str:
@@ -149,9 +153,10 @@ class StopSignal:
 
 def pretrain_and_report(config: PretrainConfig, command: str) -> int:
     """The command `pretrain`: sets up, trains, reports. Returns the exit status."""
-    with PrepareProgress() as progress:
-        run = set_up(config, progress)
+    run = set_up(config, PrepareProgress())
     show_preflight(run)
+    run, memory_bytes = run.compiled()
+    show_line("memory a step", f"{memory_bytes / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
     workdir = pathlib.Path(config.workdir)
     tracker = Tracker(workdir, run.start, run.steps, _rates(run), console)
     final: Record | None = None

@@ -59,8 +59,9 @@ class Tracker:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self._file.write(json.dumps({"step": record.step, **finite}) + "\n")
         self._file.flush()
-        for name, value in figures.items():
-            self._board.add_scalar(name.replace("eval_", "eval/", 1), value, record.step)
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(name.replace("eval_", "eval/", 1), value, record.step)
         line = describe(record, figures)
         if record.kind == "log" and self._console.is_terminal:
             self._bar.update(self._bar_task, completed=record.step, figures=line)
