@@ -1,5 +1,6 @@
 """argv and environment end here: `electrax COMMAND …`."""
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -68,7 +69,8 @@ def _help(cls: type, program: str, arguments: Sequence[str]) -> bool:
         return False
     import tyro
 
-    print(tyro.extras.get_parser(tyro.conf.FlagConversionOff[cls], prog=program, use_underscores=True).format_help())
+    with contextlib.suppress(SystemExit):  # tyro's way to end after help
+        tyro.cli(tyro.conf.FlagConversionOff[cls], prog=program, args=["--help"], use_underscores=True)
     return True
 
 

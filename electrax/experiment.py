@@ -153,6 +153,11 @@ def make_task(
         raise UserError(
             f"model.max_length is {config.model.max_length}, but the rows have {config.data.max_length} tokens"
         )
+    if not slot_count(config.data.max_length, config.objective.mask_prob):
+        raise UserError(
+            f"objective.mask_prob {config.objective.mask_prob} of data.max_length {config.data.max_length} tokens "
+            "leaves no position to predict"
+        )
     discriminator = discriminator_shape(config.model, vocab_size)
     masked_lm_alone = config.objective.kind == "mlm"
     generator = discriminator if masked_lm_alone else generator_shape(config.model, config.generator, discriminator)

@@ -184,9 +184,11 @@ class Encoder(nn.Module):
             init = nn.initializers.glorot_uniform()
             x = Linear(c.width, dtype=c.dtype, kernel_init=init, name="embeddings_project")(x)
         block = Block(c)
-        layers = [
-            self.param(f"layer_{i}", lambda key: block.init(key, x, mask, positions)["params"]) for i in range(c.layers)
-        ]
+        names = [f"layer_{i}" for i in range(c.layers)]
+        if self.is_initializing():
+            layers = [self.param(name, lambda key: block.init(key, x, mask, positions)["params"]) for name in names]
+        else:  # `param` would trace each layer's initialisation again, to check its shapes
+            layers = [self.get_variable("params", name) for name in names]
 
         def apply(x, layer):
             params, seed = layer

@@ -8,8 +8,8 @@ TINY = 1e-9  # keeps the logarithms of the reference's Gumbel noise finite
 
 
 def slot_count(length: int, mask_prob: float) -> int:
-    """Slots a row of `length` keeps for masked positions: int((p + 0.005) · L)."""
-    return int((mask_prob + 0.005) * length)
+    """Slots a row of `length` keeps for masked positions: int((p + 0.005) · L), at most L."""
+    return min(length, int((mask_prob + 0.005) * length))
 
 
 def choose_slots(

@@ -142,14 +142,32 @@ def _read_newest(
             log.warning("%s: %s; an earlier checkpoint is used", path, damage)
             on_damage(path)
             continue
-        try:
-            with ocp.StandardCheckpointer() as reader:
-                state = {name: reader.restore(path.absolute() / name, tree) for name, tree in items.items()}
-        except ValueError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{path}: does not fit this run's model or optimizer: {reason}") from error
-        return int(path.name), state
+        for name, tree in items.items():
+            misfit = _misfit(path.absolute() / name, tree)
+            if misfit is not None:
+                raise UserError(f"{path}: does not fit this run's model or optimizer: {misfit}")
+        with ocp.StandardCheckpointer() as reader:
+            return int(path.name), {name: reader.restore(path.absolute() / name, tree) for name, tree in items.items()}
     return None
+
+
+def _misfit(path: pathlib.Path, wanted: Any) -> str | None:
+    """The first array of a checkpoint's item that is not as `wanted`. Orbax would cast a wrong dtype in silence."""
+    if not path.is_dir():
+        return f"it has no {path.name}"
+    kept, needed = _described(ocp.StandardCheckpointHandler().metadata(path).tree), _described(wanted)
+    for name in sorted(kept | needed):
+        there, here = kept.get(name, "missing"), needed.get(name, "missing")
+        if there != here:
+            return f"{path.name}/{name} is {there} there, {here} here"
+    return None
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each array by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = ((jax.tree_util.keystr(key, simple=True, separator="/"), leaf) for key, leaf in leaves)
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named}
 
 
 def write_manifest(path: pathlib.Path) -> None:

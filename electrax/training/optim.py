@@ -76,7 +76,7 @@ def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def is_decayed(path: tuple, leaf: jax.Array) -> bool:
+def is_decayed(path: tuple, leaf: Any) -> bool:
     """Everything but biases and norms; embedding and position tables are decayed, the output bias is not."""
     names = [str(getattr(key, "key", key)) for key in path]
     return not any("norm" in name or "bias" in name for name in names)

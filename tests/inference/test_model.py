@@ -1,0 +1,195 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from electrax.config import UserError
+from electrax.data.tokenizer import Tokenizer
+from electrax.inference.model import PretrainedModel
+from electrax.models.discriminator import Discriminator
+from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
+from electrax.models.generator import Generator
+from electrax.models.masks import padding_mask
+from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
+
+LINES = ["the cat sat on the mat", "a dog ran under the red mat", "big cats, small dogs and one blue hat"] * 20
+LENGTH, WIDTH = 48, 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train("wordpiece", LINES, 80)
+
+
+def make_model(tokenizer, kind="rtd", shared=True):
+    """Both towers with weights drawn at random and made large enough that texts differ."""
+    shape = {"vocab_size": tokenizer.vocab_size, "layers": 2, "heads": 2, "max_length": LENGTH}
+    discriminator = EncoderConfig(width=WIDTH, feed_forward=32, embedding_width=8, **shape)
+    generator = EncoderConfig(width=8, feed_forward=16, embedding_width=8, **shape)
+    if kind == "mlm":
+        generator = discriminator
+    special = SpecialIds(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
+    task = PretrainTask(ObjectiveConfig(kind=kind), discriminator, generator, special, "packed", shared)
+    init = lambda: task.init(jax.random.key(0), {"ids": np.zeros((1, 4), np.int32)})  # noqa: E731
+    params = jax.jit(lambda: jax.tree.map(lambda p: 3 * p, init()))()
+    return PretrainedModel(params, tokenizer, generator, discriminator if kind == "rtd" else None, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+def bare(model, text, mask_at=None):
+    """(ids, mask) of one text alone, without any padding."""
+    ids = [model.tokenizer.cls_id, *model.tokenizer.encode(text)[0], model.tokenizer.sep_id]
+    if mask_at is not None:
+        ids[mask_at] = model.tokenizer.mask_id
+    ids = jnp.asarray([ids], jnp.int32)
+    return ids, padding_mask(ids >= 0)
+
+
+# -- encode -----------------------------------------------------------------------------------------------------------
+
+
+def test_encode_gives_the_hidden_states_of_the_text_without_padding(model):
+    text = "the cat ran"
+    ids, mask = bare(model, text)
+    embedded = Embeddings(model.discriminator).apply({"params": model.params["embeddings"]}, ids)
+    encoder = {"params": model.params["discriminator"]["encoder"]}
+    expected = Encoder(model.discriminator).apply(encoder, embedded, mask)
+    hidden = model.encode([text])
+    assert hidden.shape == (1, ids.shape[1], WIDTH)
+    assert hidden.dtype == np.float32
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
+
+
+def test_encode_gives_zeros_beyond_the_end_of_a_text(model):
+    short, long = "cat", "a dog ran under the red mat"
+    lengths = [len(model.tokenizer.encode(text)[0]) + 2 for text in (short, long)]
+    hidden = model.encode([short, long])
+    assert hidden.shape == (2, lengths[1], WIDTH)
+    assert (hidden[0, lengths[0] :] == 0).all()
+    assert (np.abs(hidden[0, : lengths[0]]).sum(-1) > 0).all()
+    assert (np.abs(hidden[1]).sum(-1) > 0).all()
+
+
+def test_a_text_is_encoded_alike_alone_and_among_others(model):
+    texts = [" ".join(["the cat sat", "red", "dog"][: 1 + i % 3] * (1 + i % 4)) for i in range(19)]  # two passes
+    together = model.encode(texts)
+    for text, row in zip(texts, together, strict=True):
+        (alone,) = model.encode([text])
+        np.testing.assert_allclose(row[: len(alone)], alone, atol=1e-5)
+        assert (row[len(alone) :] == 0).all()
+
+
+def test_an_empty_text_is_its_two_special_tokens(model):
+    assert model.encode([""]).shape == (1, 2, WIDTH)
+
+
+def test_a_text_that_fills_the_model_is_encoded_and_a_longer_one_refused_or_cut(model):
+    full = " ".join(["cat"] * (LENGTH - 2))
+    assert len(model.tokenizer.encode(full)[0]) == LENGTH - 2
+    assert model.encode([full]).shape == (1, LENGTH, WIDTH)
+    with pytest.raises(UserError, match="the text has 47 tokens, but the model takes 46; shorten it or pass truncate"):
+        model.encode(["cat", full + " cat"])
+    np.testing.assert_allclose(model.encode([full + " dog"], truncate=True), model.encode([full]), atol=1e-6)
+
+
+def test_no_text_is_an_error(model):
+    with pytest.raises(UserError, match="encode: expected at least one text"):
+        model.encode([])
+
+
+# -- detect -----------------------------------------------------------------------------------------------------------
+
+
+def test_detect_names_every_token_with_its_characters_in_the_text(model):
+    text = "The  cat, sat;\tunder THE mats!"
+    tokens = model.detect(text)
+    assert [t.piece for t in tokens][:3] == ["the", "cat", ","]
+    for token in tokens:
+        assert token.piece in (
+            "[UNK]",
+            "##" + text[token.start : token.end].lower(),
+            text[token.start : token.end].lower(),
+        )
+    covered = {i for t in tokens for i in range(t.start, t.end)}
+    assert covered == {i for i, c in enumerate(text) if not c.isspace()}
+
+
+def test_detect_gives_the_discriminators_probability(model):
+    text = "a cat sat on the red dog"
+    ids, mask = bare(model, text)
+    embedded = Embeddings(model.discriminator).apply({"params": model.params["embeddings"]}, ids)
+    scores = Discriminator(model.discriminator).apply({"params": model.params["discriminator"]}, embedded, mask)
+    found = [token.probability for token in model.detect(text)]
+    np.testing.assert_allclose(found, jax.nn.sigmoid(scores)[0, 1:-1], atol=1e-5)
+    assert np.ptp(found) > 1e-3
+
+
+def test_detect_of_nothing_is_nothing(model):
+    assert model.detect("") == []
+
+
+def test_detect_takes_a_mask_in_the_text_for_ordinary_text(model):
+    assert model.tokenizer.pieces([model.tokenizer.mask_id])[0] not in [t.piece for t in model.detect("the [MASK] sat")]
+
+
+def test_detect_refuses_a_text_that_is_too_long(model):
+    with pytest.raises(UserError, match="the text has 60 tokens, but the model takes 46"):
+        model.detect("cat " * 60)
+
+
+# -- fill -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_fill_gives_the_generators_likeliest_tokens(tokenizer, shared):
+    model = make_model(tokenizer, shared=shared)
+    ids, mask = bare(model, "the cat sat", mask_at=2)
+    table = model.params["embeddings" if shared else "generator_embeddings"]
+    embedded = Embeddings(model.generator).apply({"params": table}, ids)
+    logits = Generator(model.generator).apply({"params": model.params["generator"]}, embedded, table["word"], mask)
+    expected = np.asarray(jax.nn.softmax(logits[0, 2]))
+    (found,) = model.fill("the [MASK] sat", candidates=3)
+    best = np.argsort(-expected)[:3]
+    assert [c.piece for c in found] == model.tokenizer.pieces(best)
+    np.testing.assert_allclose([c.probability for c in found], expected[best], atol=1e-5)
+
+
+def test_fill_sorts_the_candidates_of_each_mask_and_their_sum_is_at_most_one(model):
+    filled = model.fill("[MASK] cat [MASK] on the mat [MASK]")
+    assert [len(candidates) for candidates in filled] == [5, 5, 5]
+    for candidates in filled:
+        probabilities = [c.probability for c in candidates]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 0 < sum(probabilities) <= 1
+
+
+def test_all_candidates_together_are_the_vocabulary_and_certain(model):
+    (everything,) = model.fill("the [MASK]", candidates=model.tokenizer.vocab_size)
+    assert len({c.piece for c in everything}) == model.tokenizer.vocab_size
+    assert sum(c.probability for c in everything) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("text", ["the cat sat", "", "the mask"])
+def test_fill_without_a_mask_is_an_error(model, text):
+    with pytest.raises(UserError, match=r"fill: the text has no \[MASK\]"):
+        model.fill(text)
+
+
+def test_fill_refuses_a_text_that_is_too_long(model):
+    with pytest.raises(UserError, match="the text has 61 tokens, but the model takes 46"):
+        model.fill("cat " * 60 + "[MASK]")
+
+
+# -- masked LM alone --------------------------------------------------------------------------------------------------
+
+
+def test_a_masked_language_model_encodes_and_fills_but_cannot_detect(tokenizer):
+    model = make_model(tokenizer, kind="mlm")
+    assert model.encode(["the cat"]).shape == (1, 4, WIDTH)
+    assert len(model.fill("the [MASK]")) == 1
+    with pytest.raises(UserError, match="detect: this model was trained with masked LM alone and has no discriminator"):
+        model.detect("the cat")

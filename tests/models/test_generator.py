@@ -1,0 +1,93 @@
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from electrax.models.encoder import EncoderConfig
+from electrax.models.generator import Generator, MaskedLMHead
+from electrax.models.masks import padding_mask
+from tests.fixtures.weights import random_params
+
+TINY = EncoderConfig(
+    vocab_size=50, layers=1, width=8, heads=2, feed_forward=16, embedding_width=12, max_length=16, dropout=0.0
+)
+RANDOM = np.random.RandomState(0)
+HIDDEN = jnp.asarray(RANDOM.randn(2, 3, 8), jnp.float32)
+WORD = jnp.asarray(RANDOM.randn(128, 12), jnp.float32)
+LOWEST = np.finfo(np.float32).min
+
+
+@functools.cache
+def head_params(config=TINY):
+    return random_params(jax.eval_shape(MaskedLMHead(config).init, jax.random.key(0), HIDDEN, WORD)["params"])
+
+
+def test_the_head_is_dense_gelu_norm_and_the_word_table_with_a_bias():
+    params = jax.tree.map(np.asarray, head_params())
+    x = np.asarray(HIDDEN, np.float64) @ params["dense"]["kernel"] + params["dense"]["bias"]
+    x = np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))))(x)
+    x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * params["norm"]["scale"] + params["norm"]["bias"]
+    expected = x @ np.asarray(WORD).T + params["output_bias"]
+    found = jax.jit(MaskedLMHead(TINY).apply)({"params": head_params()}, HIDDEN, WORD)
+    np.testing.assert_allclose(found[..., :50], expected[..., :50], rtol=1e-4, atol=1e-4)
+    assert (found[..., 50:] == LOWEST).all()
+
+
+def test_padded_entries_have_probability_zero_whatever_their_weights():
+    params = head_params() | {"output_bias": head_params()["output_bias"].at[50:].set(1e6)}
+    logits = jax.jit(MaskedLMHead(TINY).apply)({"params": params}, HIDDEN, WORD * 100)
+    probabilities = jax.nn.softmax(logits)
+    assert not probabilities[..., 50:].any() and jnp.argmax(logits, -1).max() < 50
+    np.testing.assert_allclose(probabilities.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_padded_entries_get_no_gradient():
+    def total(word, bias):
+        params = head_params() | {"output_bias": bias}
+        return jax.nn.log_softmax(MaskedLMHead(TINY).apply({"params": params}, HIDDEN, word))[..., 0].sum()
+
+    word, bias = jax.jit(jax.grad(total, argnums=(0, 1)))(WORD, head_params()["output_bias"])
+    assert not word[50:].any() and not bias[50:].any() and word[:50].all() and bias[:50].all()
+
+
+@pytest.mark.parametrize("body", ["electra", "modern"])
+def test_parameters_of_the_generator_have_no_word_table_of_their_own(body):
+    config = dataclasses.replace(TINY, body=body)
+    embedded, ids = jnp.zeros((1, 4, 12)), jnp.ones((1, 4), bool)
+    shapes = jax.eval_shape(Generator(config).init, jax.random.key(0), embedded, WORD, padding_mask(ids))["params"]
+    head = jax.tree.map(lambda leaf: leaf.shape, shapes["head"])
+    norm = {"scale": (12,)} | ({"bias": (12,)} if body == "electra" else {})
+    assert head == {"dense": {"kernel": (8, 12), "bias": (12,)}, "norm": norm, "output_bias": (128,)}
+    assert set(shapes) == {"encoder", "head"}
+
+
+def test_logits_at_slots_are_those_of_all_places():
+    embedded = jnp.asarray(RANDOM.randn(2, 5, 12), jnp.float32)
+    mask, slots = jnp.ones((2, 1, 1, 5), bool), jnp.array([[3, 0, 3], [1, 4, 0]])
+    generator = Generator(TINY)
+    params = random_params(jax.eval_shape(generator.init, jax.random.key(0), embedded, WORD, mask))
+    everywhere = jax.jit(generator.apply)(params, embedded, WORD, mask)
+    at_slots = jax.jit(generator.apply)(params, embedded, WORD, mask, slots)
+    expected = np.stack([np.asarray(everywhere)[i, slots[i]] for i in range(2)])
+    np.testing.assert_allclose(at_slots[..., :50], expected[..., :50], rtol=1e-4, atol=1e-4)
+
+
+def test_logits_are_float32_in_bfloat16():
+    config = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    full = jax.jit(MaskedLMHead(TINY).apply)({"params": head_params()}, HIDDEN, WORD)
+    half = jax.jit(MaskedLMHead(config).apply)({"params": head_params()}, HIDDEN.astype(jnp.bfloat16), WORD)
+    assert half.dtype == jnp.float32 and (half[..., 50:] == LOWEST).all()
+    assert np.abs(half - full)[..., :50].max() < 0.03 * np.abs(full[..., :50]).max()
+    assert len(np.unique(half.astype(jnp.bfloat16))) < len(np.unique(half))  # products were added up in float32
+
+
+def test_the_dense_layer_starts_as_the_kernels_and_the_output_bias_at_zero():
+    wide = dataclasses.replace(TINY, width=64, embedding_width=64)
+    params = MaskedLMHead(wide).init(jax.random.key(0), jnp.zeros((1, 1, 64)), jnp.zeros((128, 64)))["params"]
+    assert np.std(params["dense"]["kernel"]) == pytest.approx(0.0176, rel=0.06)
+    assert 0.039 < np.abs(params["dense"]["kernel"]).max() <= 0.04
+    assert not params["output_bias"].any() and not params["dense"]["bias"].any()

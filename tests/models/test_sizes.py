@@ -1,0 +1,111 @@
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from electrax.config import UserError
+from electrax.models.flops import pretraining_step
+from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
+from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
+
+VOCABULARY, PADDED = 30522, 30592
+
+
+def towers(model=None, generator=None, vocab_size=VOCABULARY):
+    model = model or ModelConfig()
+    discriminator = discriminator_shape(model, vocab_size)
+    return generator_shape(model, generator or GeneratorConfig(), discriminator), discriminator
+
+
+def shape(c):
+    return c.layers, c.width, c.feed_forward, c.heads, c.embedding_width
+
+
+# layers, width, feed-forward, heads, embedding width
+@pytest.mark.parametrize(
+    ("size", "discriminator", "generator"),
+    [
+        ("tiny", (3, 128, 512, 2, 128), (3, 64, 256, 1, 128)),
+        ("small", (12, 256, 1024, 4, 128), (12, 64, 256, 1, 128)),
+        ("base", (12, 768, 3072, 12, 768), (12, 256, 1024, 4, 768)),
+        ("large", (24, 1024, 4096, 16, 1024), (24, 256, 1024, 4, 1024)),
+        ("small++", (12, 256, 1024, 4, 128), (12, 256, 1024, 4, 128)),
+    ],
+)
+def test_sizes_are_the_papers(size, discriminator, generator):
+    found = towers(ModelConfig(size=size))
+    assert shape(found[1]) == discriminator and shape(found[0]) == generator
+    assert all((c.max_length, c.dropout, c.attention_dropout, c.body) == (512, 0.1, 0.1, "electra") for c in found)
+
+
+def test_a_changed_width_brings_heads_feed_forward_and_tied_embeddings_with_it():
+    assert shape(towers(ModelConfig(size="base", width=128))[1]) == (12, 128, 512, 2, 128)
+    assert shape(towers(ModelConfig(size="small", width=32))[1]) == (12, 32, 128, 1, 128)
+
+
+def test_generator_fractions_are_rounded_and_heads_are_at_least_one():
+    generator = GeneratorConfig(width_fraction=0.1, layers_fraction=0.4)
+    assert shape(towers(generator=generator)[0]) == (5, 26, 104, 1, 128)  # 25.6 and 4.8
+
+
+def test_separate_embeddings_are_as_wide_as_the_generator():
+    assert towers(generator=GeneratorConfig(embeddings="separate"))[0].embedding_width == 64
+
+
+def test_numbers_that_do_not_fit_name_their_section():
+    with pytest.raises(UserError, match=r"\[model\] width 100"):
+        discriminator_shape(ModelConfig(width=100, heads=3), VOCABULARY)
+    with pytest.raises(UserError, match=r"\[generator\] width 30"):
+        towers(generator=GeneratorConfig(width=30, heads=4))
+
+
+@functools.cache
+def counts(size):
+    generator, discriminator = towers(ModelConfig(size=size))
+    task = PretrainTask(ObjectiveConfig(), discriminator, generator, SpecialIds(0, 1, 2, 3), "packed")
+    tree = jax.eval_shape(lambda: task.init(jax.random.key(0), {"ids": np.zeros((1, 8), np.int32)}))
+    return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for name, part in tree.items()}
+
+
+# by hand, with the vocabulary of 30,522 as it is: tables (30522 + 512 + 2) · E + 2E for the norm; a projection
+# E · D + D; a layer 4(D² + D) + 2DF + F + D + 4D; the heads D² + D + D + 1 and D · E + E + 2E + 30522
+@pytest.mark.parametrize(
+    ("size", "embeddings", "encoder", "head", "generator"),
+    [
+        ("small", 3_972_864, 33_024 + 12 * 789_760, 66_049, 8_256 + 12 * 49_984 + 39_098),
+        ("base", 23_837_184, 12 * 7_087_872, 591_361, 196_864 + 12 * 789_760 + 229_434),
+        ("large", 31_782_912, 24 * 12_596_224, 1_050_625, 262_400 + 24 * 789_760 + 295_738),
+    ],
+)
+def test_parameter_counts_are_those_of_the_published_models(size, embeddings, encoder, head, generator):
+    width = {"small": 128, "base": 768, "large": 1024}[size]
+    padding = PADDED - VOCABULARY  # rows of the word table, and entries of the output bias
+    found = counts(size)
+    assert found == {
+        "embeddings": embeddings + padding * width,
+        "discriminator": encoder + head,
+        "generator": generator + padding,
+    }
+    # the released encoders: 13.5, 108.9 and 334.1 million
+    assert embeddings + encoder == {"small": 13_483_008, "base": 108_891_648, "large": 334_092_288}[size]
+
+
+def test_flops_of_a_step_are_three_forwards_of_matrix_products():
+    generator, discriminator = towers(
+        ModelConfig(layers=1, width=8, heads=1, feed_forward=16, embedding_width=8),
+        GeneratorConfig(width=4, layers=1, heads=1),
+        vocab_size=128,
+    )
+    # a token in rows of 10: qkv and output 8D², scores and mixing 4LD, feed-forward 4DF, head 2D² + 2D
+    encoder = 8 * 64 + 4 * 10 * 8 + 4 * 8 * 16
+    small = 2 * 8 * 4 + 8 * 16 + 4 * 10 * 4 + 4 * 4 * 16  # with its projection from 8 to 4
+    slot = 2 * 4 * 8 + 2 * 8 * 128
+    expected = 3 * 6 * (10 * (encoder + 2 * 64 + 2 * 8) + 10 * small + 2 * slot)
+    assert pretraining_step(generator, discriminator, rows=6, length=10, slots=2) == expected
+    # a gate is a third product
+    gated = dataclasses.replace(discriminator, body="modern")
+    more = pretraining_step(generator, gated, 6, 10, 2) - expected
+    assert more == 3 * 6 * 10 * 2 * 8 * 16

@@ -1,0 +1,223 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from electrax.tasks.base import Mean
+from electrax.training.checkpoint import Checkpoints
+from electrax.training.loop import Interrupted, NonFiniteLoss, train
+from electrax.training.sharding import MeshConfig, make_mesh
+from electrax.training.state import TrainState
+
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+class Recorded(Checkpoints):
+    """Keeps states in a dict."""
+
+    def __init__(self, directory, events, before=()):
+        super().__init__(directory, 1)
+        self.events, self.states, self.scores = events, dict.fromkeys(before), {}
+
+    def steps(self):
+        return sorted(self.states)
+
+    def save(self, step, state, score=None):
+        self.events.append(f"save {int(state.step)}")
+        assert step == int(state.step)
+        self.states[step], self.scores[step] = np.asarray(state.params["w"]).tolist(), score
+
+
+class FakeTask:
+    """Batch s holds the number s; the state counts what it has seen."""
+
+    batch_size = 2
+
+    def __init__(self, events):
+        self.events = events
+
+    def train_batch(self, step, rows):
+        self.events.append(f"batch {step}")
+        return {"ids": np.full((2, 1), step)}
+
+    def score(self, figures):
+        return -figures["loss"]
+
+    def init(self, key, batch): ...
+    def prepare(self, batch, keys): ...
+    def loss(self, params, prepared): ...
+    def evaluate(self, params, prepared): ...
+    def summarize(self, means, arrays): ...
+    def eval_batches(self, rows): ...
+
+
+LOSSES = [8.0, 6.0, 1.0, 3.0, 5.0, 4.0, 2.0, 7.0]
+
+
+class Fake:
+    """A run of the loop with everything around it made up; `events` tells what happened, in order."""
+
+    def __init__(self, tmp_path, start=0, saved=(), losses=LOSSES, norms=None):
+        self.events: list[str] = []
+        self.checkpoints = Recorded(tmp_path, self.events, saved)
+        self.losses, self.norms = losses, norms or [1.0] * len(losses)
+        self.start = start
+
+    def step(self, state, batch):
+        number = int(np.asarray(batch["ids"])[0, 0])
+        self.events.append(f"step {number}")
+        assert number == int(state.step)
+        metrics = {
+            "accuracy": Mean(jnp.float32(number), jnp.float32(2 * number)),  # always a half
+            "recall": Mean(jnp.float32(1.0), jnp.float32(number)),
+            "gradient_norm": Mean(jnp.float32(self.norms[number]), jnp.float32(1.0)),
+        }
+        return TrainState(state.step + 1, {"w": state.params["w"] + 1}, ()), jnp.float32(self.losses[number]), metrics
+
+    def evaluate(self, params):
+        self.events.append(f"evaluate {int(params['w'])}")
+        return {"loss": float(params["w"]) + 0.5}, {"score": np.zeros(3)}
+
+    def records(self, steps, eval_every=100, save_every=100, log_every=100, stop=lambda: False):
+        state = TrainState(jnp.int32(self.start), {"w": jnp.float32(self.start)}, ())
+        every = {"eval_every": eval_every, "save_every": save_every, "log_every": log_every}
+        task = FakeTask(self.events)
+        for record in train(
+            task, state, self.step, self.evaluate, self.checkpoints, MESH, steps=steps, stop=stop, **every
+        ):
+            self.events.append(f"{record.kind} record {record.step}")
+            yield record
+
+
+def test_the_order_is_evaluate_save_batch_step_and_the_log_of_the_steps_before(tmp_path):
+    fake = Fake(tmp_path)
+    list(fake.records(4, eval_every=2, save_every=2, log_every=1))
+    assert fake.events == [
+        "batch 0",
+        "step 0",
+        "batch 1",
+        "step 1",  # runs while step 0 is logged
+        "log record 1",
+        "log record 2",
+        "evaluate 2",
+        "eval record 2",
+        "save 2",
+        "save record 2",
+        "batch 2",
+        "step 2",
+        "batch 3",
+        "step 3",
+        "log record 3",
+        "log record 4",
+        "evaluate 4",
+        "eval record 4",
+        "save 4",
+        "save record 4",
+    ]
+
+
+def test_the_last_step_is_evaluated_and_saved_whatever_the_intervals(tmp_path):
+    fake = Fake(tmp_path)
+    kinds = [(record.kind, record.step) for record in fake.records(3)]
+    assert kinds == [("log", 3), ("eval", 3), ("save", 3)]
+    assert fake.checkpoints.states == {3: 3.0}
+    assert fake.checkpoints.scores == {3: -3.5}  # of the evaluation of the state that is saved
+
+
+def test_a_state_that_was_not_evaluated_is_saved_without_a_score(tmp_path):
+    fake = Fake(tmp_path)
+    list(fake.records(4, eval_every=4, save_every=1))
+    assert fake.checkpoints.scores == {1: None, 2: None, 3: None, 4: -4.5}
+
+
+def test_a_log_record_has_the_means_over_its_window_weights_and_all(tmp_path):
+    logs = [r for r in Fake(tmp_path).records(5, log_every=3) if r.kind == "log"]
+    assert [(r.step, r.figures["steps"]) for r in logs] == [(3, 3), (5, 2)]
+    # losses 8, 6, 1 and then 3, 5; recall is (1 + 1 + 1) / (0 + 1 + 2) and then (1 + 1) / (3 + 4)
+    assert [r.figures["loss"] for r in logs] == [5.0, 4.0]
+    assert [r.figures["recall"] for r in logs] == [1.0, pytest.approx(2 / 7, abs=1e-15)]
+    assert [r.figures["accuracy"] for r in logs] == [0.5, 0.5]
+
+
+def test_no_step_is_in_two_windows_or_in_none(tmp_path):
+    records = list(Fake(tmp_path).records(8, eval_every=4, save_every=5, log_every=3))
+    logs = [(r.step, r.figures["steps"]) for r in records if r.kind == "log"]
+    assert logs == [(3, 3), (4, 1), (5, 1), (6, 1), (8, 2)]
+
+
+def test_a_mean_over_nothing_is_nan(tmp_path):
+    record = next(r for r in Fake(tmp_path).records(1) if r.kind == "log")
+    assert np.isnan(record.figures["accuracy"])  # step 0 weighs 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms"),
+    [
+        ([1.0, 1.0, 1.0, 1.0, float("nan"), float("nan"), 1.0, 1.0], None),
+        ([1.0, 1.0, 1.0, 1.0, float("inf"), 1.0, 1.0, 1.0], None),
+        ([1.0] * 8, [1.0, 1.0, 1.0, 1.0, float("inf"), 1.0, 1.0, 1.0]),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_nothing_after_it_is_saved(tmp_path, losses, norms):
+    fake = Fake(tmp_path, losses=losses, norms=norms)
+    with pytest.raises(NonFiniteLoss, match="at step 4, in the window of steps 3 to 5"):
+        list(fake.records(8, save_every=3, log_every=6))
+    assert list(fake.checkpoints.states) == [3]  # 6 would be the next
+    assert "evaluate 8" not in fake.events
+
+
+def test_a_loss_that_is_not_finite_is_found_before_the_last_state_is_saved(tmp_path):
+    fake = Fake(tmp_path, losses=[1.0, 1.0, float("nan")])
+    with pytest.raises(NonFiniteLoss, match="at step 2, in the window of steps 0 to 2"):
+        list(fake.records(3))
+    assert fake.checkpoints.states == {}
+
+
+def test_a_stop_saves_the_state_and_raises_interrupted(tmp_path):
+    fake = Fake(tmp_path)
+    asked = iter([False, False, True])
+    seen = []
+    with pytest.raises(Interrupted) as caught:
+        seen.extend(fake.records(8, stop=lambda: next(asked)))
+    assert caught.value.step == 2
+    assert fake.checkpoints.states == {2: 2.0}
+    assert fake.events[-4:] == ["step 1", "log record 2", "save 2", "save record 2"]  # no evaluation, no batch
+
+
+def test_a_stop_at_a_step_that_is_saved_already_does_not_save_it_again(tmp_path):
+    fake = Fake(tmp_path, start=3, saved=[3])
+    with pytest.raises(Interrupted):
+        list(fake.records(8, stop=lambda: True))
+    assert fake.events == []
+
+
+def test_a_stop_at_the_last_step_still_leaves_the_run_to_be_finished(tmp_path):
+    fake = Fake(tmp_path)
+    with pytest.raises(Interrupted):
+        list(fake.records(2, stop=lambda: fake.events[-1:] == ["step 1"]))
+    assert fake.checkpoints.states == {2: 2.0}
+    again = Fake(tmp_path, start=2, saved=[2])
+    assert [r.kind for r in again.records(2)] == ["eval"]
+
+
+def test_a_resumed_run_goes_on_with_the_next_batch_and_repeats_neither_evaluation_nor_save(tmp_path):
+    fake = Fake(tmp_path, start=4, saved=[2, 4])
+    list(fake.records(6, eval_every=2, save_every=2, log_every=2))
+    assert fake.events[:4] == ["batch 4", "step 4", "batch 5", "step 5"]
+    assert [e for e in fake.events if e.startswith(("evaluate", "save "))] == ["evaluate 6", "save 6", "save record 6"]
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(tmp_path):
+    fake = Fake(tmp_path, start=4, saved=[4])
+    records = list(fake.records(4))
+    assert fake.events == ["evaluate 4", "eval record 4"]
+    assert records[0].figures == {"loss": 4.5}
+    assert records[0].arrays["score"].shape == (3,)
+
+
+def test_a_started_generator_trains_only_as_far_as_it_is_asked(tmp_path):
+    fake = Fake(tmp_path)
+    records = fake.records(8, log_every=1)
+    assert fake.events == []
+    assert next(records).step == 1
+    assert fake.events == ["batch 0", "step 0", "batch 1", "step 1", "log record 1"]

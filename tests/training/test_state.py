@@ -1,0 +1,157 @@
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from electrax.config import UserError
+from electrax.tasks.pretrain import PretrainTask
+from electrax.training.sharding import put_batch
+from electrax.training.state import choose_microbatch, split_rows
+
+
+@pytest.fixture(scope="module")
+def one_device(tiny, numpy_leaves):
+    """Three steps on one device, all rows in one pass."""
+    losses, metrics, state = tiny.run(tiny.task(), tiny.mesh())
+    return losses, metrics, numpy_leaves(state)
+
+
+def assert_close(leaves, expected, tolerance):
+    assert leaves.keys() == expected.keys()
+    for name, leaf in leaves.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_three_steps_change_the_loss_every_time(one_device):
+    losses, _, _ = one_device
+    # ln(padded vocabulary of 128 at most) + 50 ln 2 = 39.5 at first
+    assert losses[0] == pytest.approx(39, abs=2)
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 1), (4, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_every_mesh_gives_the_losses_of_one_device(tiny, one_device, numpy_leaves, shape):
+    losses, metrics, state = tiny.run(tiny.task(), tiny.mesh(*shape))
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+    assert metrics == pytest.approx(one_device[1], rel=1e-4, abs=1e-6)
+    # Adam divides by √v: where the gradient is next to nothing, rounding moves a parameter by a share of the rate 1e-3
+    assert_close(numpy_leaves(state.params), {k.removeprefix("params/"): v for k, v in one_device[2].items()
+                                              if k.startswith("params/")}, 1e-4)  # fmt: skip
+    assert len(state.params["embeddings"]["word"].sharding.device_set) == np.prod(shape)
+
+
+def test_dropout_is_on_in_these_tests(tiny, one_device):
+    without = tiny.task(model={"dropout": 0.0, "attention_dropout": 0.0})
+    losses, _, _ = tiny.run(without, tiny.mesh(), steps=1)
+    assert abs(losses[0] - one_device[0][0]) > 1e-3
+
+
+def test_a_fresh_state_is_the_same_on_every_mesh(tiny, numpy_leaves):
+    task = tiny.task()
+    one, _, _ = tiny.start(task, tiny.mesh())
+    many, _, abstract = tiny.start(task, tiny.mesh(2, 2, 2))
+    for name, leaf in numpy_leaves(one).items():
+        np.testing.assert_array_equal(leaf, numpy_leaves(many)[name], err_msg=name)
+    for leaf, wanted in zip(jax.tree.leaves(many), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding == wanted.sharding
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_micro_batches_change_the_step_by_rounding_only(tiny, one_device, numpy_leaves, rows):
+    losses, metrics, state = tiny.run(tiny.task(), tiny.mesh(), microbatch=rows)
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+    assert metrics == pytest.approx(one_device[1], rel=1e-4, abs=1e-6)
+    assert_close(numpy_leaves(state), one_device[2], 1e-4)
+
+
+def test_a_micro_batch_takes_its_rows_from_every_device_in_turn(tiny):
+    rows = np.arange(8)
+    cut = jax.jit(lambda batch: split_rows(batch, tiny.mesh(2), 2))({"row": rows})["row"]
+    # device 0 holds rows 0-3, device 1 rows 4-7
+    assert np.asarray(cut).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_each_step_of_each_seed_is_drawn_anew(tiny):
+    """Equal rows at two steps are masked differently, and so are they under another seed."""
+    task, mesh = tiny.task(optimizer={"learning_rate": 1e-9}), tiny.mesh()
+    same = put_batch(tiny.batch(task, 0), mesh)
+    state, step, _ = tiny.start(task, mesh)
+    losses = []
+    for _ in range(2):
+        state, loss, _ = step(state, same)
+        losses.append(float(loss))
+    again, step_again, _ = tiny.start(task, mesh)
+    other, step_other, _ = tiny.start(task, mesh, seed=1)
+    assert losses[0] != losses[1]
+    assert float(step_again(again, same)[1]) == losses[0]
+    assert float(step_other(other, same)[1]) != losses[0]
+
+
+def test_the_second_step_compiles_and_traces_nothing(tiny, caplog):
+    traces = []
+
+    class Counted(PretrainTask):
+        def loss(self, params, prepared):
+            traces.append(1)
+            return super().loss(params, prepared)
+
+    plain, mesh = tiny.task(), tiny.mesh(2)
+    task = Counted(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
+    state, step, _ = tiny.start(task, mesh)
+
+    def compiled(number):
+        nonlocal state
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            state, _, _ = step(state, put_batch(tiny.batch(task, number), mesh))
+        return [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
+
+    assert any("step" in message for message in compiled(0))
+    first = len(traces)
+    assert first > 0
+    assert compiled(1) == []
+    assert compiled(2) == []
+    assert len(traces) == first
+
+
+def test_the_state_given_is_donated(tiny):
+    task, mesh = tiny.task(), tiny.mesh()
+    before, step, _ = tiny.start(task, mesh)
+    after, _, _ = step(before, put_batch(tiny.batch(task, 0), mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert int(after.step) == 1
+
+
+def test_no_random_key_is_used_twice(tiny):
+    task, mesh = tiny.task(objective={"random_prob": 0.1}), tiny.mesh()
+    with jax.debug_key_reuse(True):
+        # in one pass: the checker takes the transposition that cuts micro-batches for a use
+        state, step, _ = tiny.start(task, mesh, microbatch=8)
+        _, loss, _ = step(state, put_batch(tiny.batch(task, 0), mesh))
+    assert np.isfinite(float(loss))
+
+
+def test_key_reuse_would_be_noticed():
+    def twice(key):
+        return jax.random.uniform(key) + jax.random.normal(key)
+
+    with jax.debug_key_reuse(True), pytest.raises(Exception, match="[Rr]eus"):
+        jax.jit(twice)(jax.random.key(0))
+
+
+def test_a_cpu_takes_about_512_tokens_at_a_time_and_other_devices_all():
+    assert choose_microbatch(0, rows=64, length=128, platform="cpu") == 4
+    assert choose_microbatch(0, rows=6, length=128, platform="cpu") == 3  # the largest divisor up to 4
+    assert choose_microbatch(0, rows=8, length=1024, platform="cpu") == 1
+    assert choose_microbatch(0, rows=64, length=128, platform="gpu") == 64
+    assert choose_microbatch(16, rows=64, length=128, platform="cpu") == 16
+
+
+def test_a_micro_batch_that_does_not_divide_the_rows_is_an_error_with_one_that_does():
+    with pytest.raises(UserError, match="optimizer.microbatch 5 does not divide the 8 rows of a device; 4 does"):
+        choose_microbatch(5, rows=8, length=128, platform="cpu")
