@@ -1,26 +1,21 @@
 """Input: the rate and memory of `electrax prepare`, and the rate of reading its rows.
 
-    python benchmarks/input.py                        # a few minutes; writes benchmarks/results/input.json
-    python benchmarks/input.py --memory_mb 1000       # the memory of preparing 1 GB
+    python -m benchmarks.input                        # a few minutes; writes benchmarks/results/input.json
+    python -m benchmarks.input --memory_mb 1000       # the memory of preparing 1 GB
 
 Rate: against the tokenizer library's own encode_batch with its own threads, on the same lines in memory, in turns. The
 text is the bundled sample, repeated.
 """
 
 import argparse
-import json
 import lzma
 import multiprocessing
 import os
-import platform
-import statistics
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.report import environment, spread, write
 from electrax.data.batches import train_rows
 from electrax.data.corpus import Corpus, sample_path
 from electrax.data.prepare import PrepareConfig, prepare
@@ -35,10 +30,6 @@ def repeated_sample(path: Path, megabytes: float) -> None:
     with open(path, "wb") as file:
         for _ in range(max(1, round(megabytes * 1e6 / len(text)))):
             file.write(text)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def prepare_rate(directory: Path, megabytes: float, rounds: int) -> dict:
@@ -122,7 +113,6 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=32, help="text for the rates")
     parser.add_argument("--memory_mb", type=float, default=64, help="text for the memory")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "input.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
@@ -131,15 +121,7 @@ def main() -> None:
             "reading": reading_rate(Corpus.open(directory / "corpus0"), options.rounds),
             "memory": memory(directory, options.memory_mb),
         }
-    about = {
-        "device": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("numpy", "tokenizers", "sentencepiece")},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**about, **results}, indent=1) + "\n")
+    write("input.json", environment() | results)
     rate, share = results["prepare"]["prepare_mb_per_second"], results["prepare"]["share_of_encode_batch"]
     tokens, peak = results["reading"]["tokens_per_second"], results["memory"]
     print(f"{'':28}{'median':>10}{'min':>10}{'max':>10}  target")

@@ -111,7 +111,7 @@ def torch_step(size: str, batch: int, length: int):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 
