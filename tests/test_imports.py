@@ -9,8 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "electrax"
 
-# The first prefix that fits decides. `tracking` is above the others of its folder because it reads the loop's Record,
-# and `__init__` may hand on any public name.
+# The first prefix that fits decides; `__init__` may hand on any public name.
 LEVELS = (
     ("electrax.cli", 5),
     ("electrax.report", 5),
@@ -19,7 +18,6 @@ LEVELS = (
     ("electrax.inference", 3),
     ("electrax.convert", 3),
     ("electrax.training.loop", 3),
-    ("electrax.training.tracking", 3),
     ("electrax.training", 1),
     ("electrax.tasks.base", 1),
     ("electrax.tasks", 2),

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from electrax.tasks.base import Params, Task
 from electrax.training.checkpoint import Checkpoints
 from electrax.training.sharding import local_rows, put_batch
 from electrax.training.state import TrainState
+from electrax.training.tracking import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +27,6 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 100  # steps
-
-
-class Record(NamedTuple):
-    """What happened after `step` updates: means over the steps since the last "log", an "eval", or a "save"."""
-
-    step: int
-    kind: Literal["log", "eval", "save"]
-    figures: dict[str, float]
-    arrays: dict[str, np.ndarray]  # by held-out row, of an "eval"
 
 
 class NonFiniteLoss(UserError):

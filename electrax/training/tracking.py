@@ -4,12 +4,23 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from electrax.data.shards import write_atomically
-from electrax.training.loop import Record
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {"loss": "loss", "mlm_loss": "mlm", "rtd_loss": "rtd", "masked_accuracy": "mlm acc", "rtd_accuracy": "rtd acc"}
+
+
+class Record(NamedTuple):
+    """What happened after `step` updates: means over the steps since the last "log", an "eval", or a "save"."""
+
+    step: int
+    kind: Literal["log", "eval", "save"]
+    figures: dict[str, float]
+    arrays: dict[str, np.ndarray]  # by held-out row, of an "eval"
 
 
 class Tracker:
