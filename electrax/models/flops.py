@@ -46,16 +46,17 @@ def encoder_forward(c: EncoderConfig, length: int) -> int:
     return projection + c.layers * (attention + feed_forward)
 
 
-def masked_lm_forward(c: EncoderConfig) -> int:
-    """Of one predicted position: the head's dense layer and the product with the word table."""
-    return 2 * c.width * c.embedding_width + 2 * c.embedding_width * c.padded_vocab_size
+def masked_lm_forward(c: EncoderConfig, towers: int = 1) -> int:
+    """Of one predicted position: the head's dense layer over one state a tower, and the product with the word table."""
+    return 2 * towers * c.width * c.embedding_width + 2 * c.embedding_width * c.padded_vocab_size
 
 
 def pretraining_step(
-    generator: EncoderConfig, discriminator: EncoderConfig | None, rows: int, length: int, slots: int
+    generator: EncoderConfig, discriminator: EncoderConfig | None, rows: int, length: int, slots: int, towers: int = 1
 ) -> float:
-    """Of one training step: the backward pass is twice the forward, the vocabulary is met at the slots only."""
-    forward = length * encoder_forward(generator, length) + slots * masked_lm_forward(generator)
+    """Of one training step: the backward pass is twice the forward. The vocabulary is met at the `slots` predicted
+    positions of a row only; the generator has `towers` encoders of its shape."""
+    forward = towers * length * encoder_forward(generator, length) + slots * masked_lm_forward(generator, towers)
     if discriminator is not None:
         head = 2 * discriminator.width * discriminator.width + 2 * discriminator.width
         forward += length * (encoder_forward(discriminator, length) + head)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from electrax.models.attention import Mask
-from electrax.models.dropout import Seed
+from electrax.models.dropout import Seed, fold
 from electrax.models.encoder import Encoder, EncoderConfig, gelu
 from electrax.models.linear import Linear
+from electrax.models.masks import one_way_mask, sees_neighbour
 
 
 class MaskedLMHead(nn.Module):
@@ -28,9 +29,15 @@ class MaskedLMHead(nn.Module):
 
 
 class Generator(nn.Module):
-    """Embedded text -> what the masked-out tokens may have been."""
+    """Embedded text -> what the masked-out tokens may have been.
+
+    `two_tower` (Electric's): one encoder reads forwards and another backwards, and a place is predicted from their
+    states at its two neighbours. So the logits there do not depend on its token, and nothing needs to be masked out.
+    """
 
     config: EncoderConfig
+    two_tower: bool = False
+    wrap: bool = False  # the first place's neighbour is the last, as in the reference, even if that saw the token
 
     @nn.compact
     def __call__(
@@ -43,7 +50,21 @@ class Generator(nn.Module):
         seed: Seed | None = None,
     ) -> Float[Array, "B N V"]:
         """Logits at the places `slots` of each row (N = M), or at all of them (N = L) where none are named."""
-        hidden = Encoder(self.config, name="encoder")(embedded, mask, positions, seed)
+
+        def read(name: str, mask: Mask, seed: Seed | None) -> Float[Array, "B L D"]:
+            return Encoder(self.config, name=name)(embedded, mask, positions, seed)
+
+        if self.two_tower:
+            forwards = read("encoder", one_way_mask(mask), seed)
+            backwards = read("backward_encoder", one_way_mask(mask, True), fold(seed, self.config.layers + 1))
+            hidden = jnp.concatenate([self._moved(forwards, mask, 1), self._moved(backwards, mask, -1)], axis=-1)
+        else:
+            hidden = read("encoder", mask, seed)
         if slots is not None:
             hidden = jnp.take_along_axis(hidden, slots[..., None], axis=1)
         return MaskedLMHead(self.config, name="head")(hidden, word)
+
+    def _moved(self, hidden: Float[Array, "B L D"], mask: Mask, step: int) -> Float[Array, "B L D"]:
+        """The state `step` places before; zeros where the row or the document ends there."""
+        moved = jnp.roll(hidden, step, axis=1)
+        return moved if self.wrap else jnp.where(sees_neighbour(mask, step)[..., None], moved, 0)

@@ -30,3 +30,15 @@ def padding_mask(real: Bool[Array, "B L"]) -> Bool[Array, "B 1 1 L"]:
 def document_mask(documents: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
     """A token attends to its own document only."""
     return (documents[:, :, None] == documents[:, None, :])[:, None]
+
+
+def one_way_mask(mask: Bool[Array, "B 1 Q L"], backwards: bool = False) -> Bool[Array, "B 1 L L"]:
+    """Of what `mask` allows, the token itself and those before it; `backwards`, itself and those after it."""
+    length = mask.shape[-1]
+    earlier = jnp.tril(jnp.ones((length, length), bool))
+    return mask & (earlier.T if backwards else earlier)[None, None]
+
+
+def sees_neighbour(mask: Bool[Array, "B 1 Q L"], step: int) -> Bool[Array, "B L"]:
+    """Whether the token `step` places before (after, where negative) is in the row and `mask` allows it."""
+    return jnp.any(mask[:, 0] & jnp.eye(mask.shape[-1], k=-step, dtype=bool)[None], axis=-1)

@@ -7,6 +7,10 @@ from electrax.config import UserError
 from electrax.models.attention import Implementation
 from electrax.models.encoder import EncoderConfig
 
+# masked: a masked LM. two_tower: one reads forwards, one backwards, none sees the token it predicts (Electric's).
+# shared: the discriminator's own encoder with a masked-LM head (the reference's untied_generator=False)
+GeneratorKind = Literal["masked", "two_tower", "shared"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -52,7 +56,7 @@ class ModelConfig:
 class GeneratorConfig:
     """The generator: by fraction of the discriminator (0: the size's fraction, 1 for the depth) or by number."""
 
-    kind: Literal["masked"] = "masked"
+    kind: GeneratorKind = "masked"
     width_fraction: float = 0.0
     layers_fraction: float = 1.0
     width: int = 0
@@ -90,8 +94,16 @@ def discriminator_shape(model: ModelConfig, vocab_size: int) -> EncoderConfig:
 def generator_shape(model: ModelConfig, generator: GeneratorConfig, discriminator: EncoderConfig) -> EncoderConfig:
     """Width round(D · fraction), depth round(N · fraction), heads max(1, width // 64), feed-forward 4 x width.
 
-    Separate embeddings are as wide as the generator, so that it needs no projection.
+    Separate embeddings are as wide as the generator, so that it needs no projection. A shared encoder is the
+    discriminator's: raises UserError where a key says something else.
     """
+    if generator.kind == "shared":
+        plain = GeneratorConfig(kind="shared")
+        keys = [f.name for f in dataclasses.fields(plain) if getattr(generator, f.name) != getattr(plain, f.name)]
+        if keys:
+            named = ", ".join(f"generator.{key}" for key in keys)
+            raise UserError(f'generator.kind "shared" is the discriminator\'s own encoder; leave out {named}')
+        return discriminator
     fraction = generator.width_fraction or SIZES[model.size].generator_fraction
     width = generator.width or round(discriminator.width * fraction)
     layers = generator.layers or max(1, round(discriminator.layers * generator.layers_fraction))

@@ -1,6 +1,8 @@
-"""Replaced-token detection joined with the generator's masked language model (ELECTRA), or masked LM alone (BERT)."""
+"""Replaced-token detection joined with the generator's masked language model (ELECTRA), noise-contrastive estimation
+of what a token's probability in its place is (Electric), or masked LM alone (BERT)."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from electrax.data.batches import eval_batches, train_rows
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, EncoderConfig
+from electrax.models.flops import pretraining_step
 from electrax.models.generator import Generator
 from electrax.models.masks import document_index, document_mask, document_positions, padding_mask, segment_ids
+from electrax.models.sizes import GeneratorKind
 from electrax.tasks import corruption
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 
@@ -23,9 +27,13 @@ EPSILON = 1e-6  # the reference adds it to every denominator
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is hidden and what is learned. `rtd`: generator and discriminator; `mlm`: one full-size masked LM."""
+    """What is hidden and what is learned. `rtd`: generator and discriminator; `mlm`: one full-size masked LM.
 
-    kind: Literal["rtd", "mlm"] = "rtd"
+    `electric` (Clark et al. 2020, "Pre-training Transformers as energy-based cloze models"): the discriminator tells
+    samples from text, a sample that equals the original too, given how likely the generator finds the token.
+    """
+
+    kind: Literal["rtd", "mlm", "electric"] = "rtd"
     mask_prob: float = 0.15  # share of a row's tokens that are predicted
     keep_prob: float = 0.15  # of those, the share that stays visible to the generator
     random_prob: float = 0.0  # of those, the share shown as a random token (BERT: 0.1, with keep_prob 0.1)
@@ -48,7 +56,8 @@ class PretrainTask:
     """ELECTRA pretraining as a Task over rows of token ids.
 
     Parameter tree: `embeddings`, `generator` and `discriminator` (and `generator_embeddings` where they are separate).
-    With `mlm` there is no discriminator, and the generator has the discriminator's shape.
+    With `mlm` there is no discriminator, and the generator has the discriminator's shape. A `two_tower` generator has a
+    `backward_encoder` beside its `encoder`; a `shared` one has a `head` alone and uses the discriminator's `encoder`.
     """
 
     objective: ObjectiveConfig
@@ -57,6 +66,7 @@ class PretrainTask:
     special: SpecialIds
     layout: Literal["packed", "segments"]
     shared_embeddings: bool = True
+    generator_kind: GeneratorKind = "masked"
     faithful: bool = False
     corpus: Any = dataclasses.field(default=None, repr=False, compare=False)
     batch_size: int = 0
@@ -67,7 +77,21 @@ class PretrainTask:
 
     @property
     def detects(self) -> bool:
-        return self.objective.kind == "rtd"
+        return self.objective.kind != "mlm"
+
+    @property
+    def electric(self) -> bool:
+        return self.objective.kind == "electric"
+
+    @property
+    def two_tower(self) -> bool:
+        return self.generator_kind == "two_tower"
+
+    def flops(self, rows: int, length: int) -> float:
+        """Of a training step in matrix products. Electric predicts every position."""
+        slots = length if self.electric else corruption.slot_count(length, self.objective.mask_prob)
+        discriminator = self.discriminator if self.detects else None
+        return pretraining_step(self.generator, discriminator, rows, length, slots, towers=2 if self.two_tower else 1)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Params:
         ids = jnp.asarray(batch["ids"][:1], jnp.int32)
@@ -82,38 +106,50 @@ class PretrainTask:
             params["generator_embeddings"] = separate.init(separate_key, ids)["params"]
             own = separate.apply({"params": params["generator_embeddings"]}, ids)
             word = params["generator_embeddings"]["word"]
-        params["generator"] = Generator(self.generator).init(generator_key, own, word, real)["params"]
+        params["generator"] = self._generator().init(generator_key, own, word, real)["params"]
+        if self.generator_kind == "shared":
+            del params["generator"]["encoder"]
         if self.detects:
             params["discriminator"] = Discriminator(self.discriminator).init(discriminator_key, embedded, real)[
                 "params"
             ]
         return params
 
+    def _generator(self) -> Generator:
+        return Generator(self.generator, two_tower=self.two_tower, wrap=self.faithful)
+
+    def generator_params(self, params: Params) -> Params:
+        """All that the generator computes with but the embeddings."""
+        shared = self.generator_kind == "shared"
+        return params["generator"] | ({"encoder": params["discriminator"]["encoder"]} if shared else {})
+
     # -- corruption ---------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: Batch, keys: Key[Array, "B"]) -> Batch:
         """Masks the rows and weighs them: every leaf keeps the row axis, and weights sum to one over the whole batch.
 
-        The generator's mean is over the used slots, the discriminator's over all real tokens with [CLS] and [SEP].
+        The generator's mean is over the used slots (`slot_weight`), or with Electric over all tokens that could have
+        been chosen (`cloze_weight`), the discriminator's over all real tokens with [CLS] and [SEP] (`token_weight`).
         """
         ids = batch["ids"].astype(jnp.int32)
         prepared = jax.vmap(self._mask_row)(ids, keys)
-        used, real = prepared["used"], ids != self.special.pad
-        return prepared | {
-            "slot_weight": used / (jnp.sum(used) + EPSILON),
-            "token_weight": real / (jnp.sum(real) + EPSILON),
-        }
+        counted = {"slot_weight": prepared["used"], "token_weight": ids != self.special.pad}
+        if self.electric:
+            counted["cloze_weight"] = self._candidates(ids)
+        return prepared | {name: each / (jnp.sum(each) + EPSILON) for name, each in counted.items()}
+
+    def _candidates(self, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Tokens that may be chosen; [UNK] is one, as in the reference."""
+        s = self.special
+        return (ids != s.pad) & (ids != s.cls) & (ids != s.sep) & (ids != s.mask)
 
     def _mask_row(self, ids: Int[Array, "L"], key: Key[Array, ""]) -> dict[str, jax.Array]:
         o, special = self.objective, self.special
         slots_key, hide_key, sample_key, random_key, dropout_key = jax.random.split(key, 5)
-        real = ids != special.pad
-        # [UNK] may be chosen, as in the reference
-        candidates = real & (ids != special.cls) & (ids != special.sep) & (ids != special.mask)
         slots, used = corruption.choose_slots(
             slots_key,
-            candidates,
-            jnp.sum(real),
+            self._candidates(ids),
+            jnp.sum(ids != special.pad),
             o.mask_prob,
             corruption.slot_count(ids.shape[0], o.mask_prob),
             with_replacement=self.faithful,
@@ -124,12 +160,16 @@ class PretrainTask:
         if o.random_prob:
             token = jax.random.randint(random_key, slots.shape, 0, self.generator.vocab_size)
             shown = jnp.where(fate < o.keep_prob + o.random_prob, token, shown)
+        masked = corruption.write_at(ids, slots, shown, hidden)
+        hidden &= shown == special.mask
+        if self.two_tower:  # it sees no token that it predicts, so that none has to be masked out
+            masked, hidden = ids, used
         return {
             "ids": ids,
-            "masked": corruption.write_at(ids, slots, shown, hidden),
+            "masked": masked,
             "slots": slots,
             "used": used,
-            "hidden": hidden & (shown == special.mask),
+            "hidden": hidden,
             "sample_key": sample_key,
             "dropout_seed": jax.random.bits(dropout_key, (2,), jnp.uint32),
         }
@@ -144,29 +184,42 @@ class PretrainTask:
             return document_mask(documents), None, document_positions(ids, s.cls)
         return padding_mask(ids != s.pad), segment_ids(ids, s.sep, s.pad), None
 
-    def _generate(self, params: Params, prepared: Batch, context, train: bool) -> Float[Array, "B M V"]:
+    def _generate(self, params: Params, prepared: Batch, context, train: bool) -> Float[Array, "B N V"]:
+        """Logits at the slots, or with Electric everywhere."""
         mask, types, positions = context
         source = "embeddings" if self.shared_embeddings else "generator_embeddings"
         embeddings = Embeddings(self.discriminator if self.shared_embeddings else self.generator)
         embedded = embeddings.apply({"params": params[source]}, prepared["masked"], types, positions)
-        return Generator(self.generator).apply(
-            {"params": params["generator"]},
+        return self._generator().apply(
+            {"params": self.generator_params(params)},
             embedded,
             params[source]["word"],
             mask,
-            prepared["slots"],
+            None if self.electric else prepared["slots"],
             positions,
             prepared["dropout_seed"][:, 0] if train else None,
         )
 
     def _corrupt(self, prepared: Batch, logits: Float[Array, "B M V"]):
-        """The rows with every used slot (the kept ones too) replaced by a sample; no gradient passes."""
+        """Samples at the slots, the rows with every used slot (the kept ones too) replaced by its sample, and which
+        tokens count as replaced: those that changed, or with Electric all that were chosen. No gradient passes."""
         o = self.objective
         original = jnp.take_along_axis(prepared["ids"], prepared["slots"], axis=1)
         draw = jax.vmap(lambda key, row, true: corruption.sample(key, row, true, o.temperature, o.disallow_correct))
         sampled = draw(prepared["sample_key"], jax.lax.stop_gradient(logits), original)
         corrupted = jax.vmap(corruption.write_at)(prepared["ids"], prepared["slots"], sampled, prepared["used"])
-        return sampled, corrupted
+        if self.electric:
+            chosen = jax.vmap(corruption.write_at)(
+                jnp.zeros_like(corrupted), prepared["slots"], jnp.ones_like(sampled), prepared["used"]
+            )
+            return sampled, corrupted, chosen == 1
+        return sampled, corrupted, corrupted != prepared["ids"]
+
+    def _noise_log_odds(self, logits: Float[Array, "B L V"], corrupted: Int[Array, "B L"]) -> Float[Array, "B L"]:
+        """log q(x) + log(p / (1 - p)) of the token x that stands at each place, where q is what the generator gives it
+        and p is mask_prob: what Electric's discriminator need not learn. No gradient passes."""
+        log_q = -optax.softmax_cross_entropy_with_integer_labels(jax.lax.stop_gradient(logits), corrupted)
+        return log_q + math.log(self.objective.mask_prob / (1 - self.objective.mask_prob))
 
     def _discriminate(self, params: Params, corrupted, prepared: Batch, context, train: bool) -> Float[Array, "B L"]:
         mask, types, positions = context
@@ -178,24 +231,30 @@ class PretrainTask:
 
     def _forward(self, params: Params, prepared: Batch, train: bool):
         """Loss (a sum over the rows), metrics, and by row what the area under the curve is made of."""
-        o, used, hidden = self.objective, prepared["used"], prepared["hidden"]
-        context = self._context(prepared["ids"])
+        o, ids, used, hidden = self.objective, prepared["ids"], prepared["used"], prepared["hidden"]
+        context = self._context(ids)
         logits = self._generate(params, prepared, context, train)
-        original = jnp.take_along_axis(prepared["ids"], prepared["slots"], axis=1)
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, original)
-        loss = o.generator_weight * jnp.sum(cross_entropy * prepared["slot_weight"])
-        correct = jnp.argmax(logits, axis=-1) == original
+        original = jnp.take_along_axis(ids, prepared["slots"], axis=1)
+        if self.electric:
+            at_slots = jnp.take_along_axis(logits, prepared["slots"][..., None], axis=1)
+            target, weight = ids, prepared["cloze_weight"]
+        else:
+            at_slots, target, weight = logits, original, prepared["slot_weight"]
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        loss = o.generator_weight * jnp.sum(cross_entropy * weight)
         metrics = {
-            "mlm_loss": Mean.of(cross_entropy, used),
-            "mlm_accuracy": Mean.of(correct, used),
-            "masked_accuracy": Mean.of(correct, hidden),
+            "mlm_loss": Mean.of(cross_entropy, weight > 0),
+            "mlm_accuracy": Mean.of(jnp.argmax(logits, axis=-1) == target, weight > 0),
+            "masked_accuracy": Mean.of(jnp.argmax(at_slots, axis=-1) == original, hidden),
         }
         arrays = {"hidden_token": jnp.where(hidden, original, -1)}
         if not self.detects:
             return loss, metrics, arrays
-        sampled, corrupted = self._corrupt(prepared, logits)
-        real, replaced = prepared["ids"] != self.special.pad, corrupted != prepared["ids"]
+        sampled, corrupted, replaced = self._corrupt(prepared, at_slots)
+        real = ids != self.special.pad
         score = self._discriminate(params, corrupted, prepared, context, train)
+        if self.electric:
+            score += self._noise_log_odds(logits, corrupted)
         binary = optax.sigmoid_binary_cross_entropy(score, replaced.astype(jnp.float32))
         loss += o.discriminator_weight * jnp.sum(binary * prepared["token_weight"])
         flagged = score > 0  # a logit of exactly 0 counts as "original", as the reference rounds it
@@ -207,7 +266,7 @@ class PretrainTask:
             "rtd_precision": Mean.of(replaced, real & flagged),
             "rtd_recall": Mean.of(flagged, real & replaced),
         }
-        arrays |= {"score": score, "replaced": replaced, "real": real, "corrupted": corrupted, "ids": prepared["ids"]}
+        arrays |= {"score": score, "replaced": replaced, "real": real, "corrupted": corrupted, "ids": ids}
         return loss, metrics, arrays
 
     def loss(self, params: Params, prepared: Batch) -> tuple[Float[Array, ""], Metrics]:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from electrax.models.encoder import EncoderConfig
+from electrax.models.encoder import Encoder, EncoderConfig
 from electrax.models.generator import Generator, MaskedLMHead
-from electrax.models.masks import padding_mask
+from electrax.models.masks import document_mask, padding_mask
 from tests.fixtures.weights import random_params
 
 TINY = EncoderConfig(
@@ -91,3 +91,87 @@ def test_the_dense_layer_starts_as_the_kernels_and_the_output_bias_at_zero():
     assert np.std(params["dense"]["kernel"]) == pytest.approx(0.0176, rel=0.06)
     assert 0.039 < np.abs(params["dense"]["kernel"]).max() <= 0.04
     assert not params["output_bias"].any() and not params["dense"]["bias"].any()
+
+
+# -- two towers -------------------------------------------------------------------------------------------------------
+
+DEEP = dataclasses.replace(TINY, layers=2)
+DOCUMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0]])  # two documents and a place of padding
+
+
+@functools.cache
+def two_tower(body="electra", wrap=False):
+    """The module, its parameters and its jitted `apply`."""
+    generator = Generator(dataclasses.replace(DEEP, body=body), two_tower=True, wrap=wrap)
+    mask = jnp.ones((1, 1, 1, 8), bool)
+    shapes = jax.eval_shape(generator.init, jax.random.key(0), jnp.zeros((1, 8, 12)), WORD, mask)
+    return generator, random_params(shapes), jax.jit(generator.apply)
+
+
+def test_each_tower_has_its_own_parameters_and_the_head_takes_both_states():
+    params = two_tower()[1]["params"]
+    assert set(params) == {"encoder", "backward_encoder", "head"}
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, params[name]) for name in ("encoder", "backward_encoder")]
+    assert shapes[0] == shapes[1] and "layer_1" in shapes[0]
+    assert params["head"]["dense"]["kernel"].shape == (2 * 8, 12)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_place_is_predicted_from_the_forward_state_before_it_and_the_backward_state_after_it(wrap):
+    _, params, apply = two_tower(wrap=wrap)
+    embedded = jnp.asarray(RANDOM.randn(1, 8, 12), jnp.float32)
+    same = DOCUMENTS[0][:, None] == DOCUMENTS[0]
+    encode = jax.jit(Encoder(DEEP).apply)
+    states = [
+        np.asarray(encode({"params": params["params"][name]}, embedded, jnp.asarray((same & order)[None, None])))
+        for name, order in (
+            ("encoder", np.tri(8, dtype=bool)),
+            ("backward_encoder", np.tri(8, dtype=bool).T),
+        )
+    ]
+    before, after = np.roll(states[0], 1, axis=1), np.roll(states[1], -1, axis=1)
+    if not wrap:  # nothing stands before places 0, 3 and 7, nothing after 2, 6 and 7
+        before[:, [0, 3, 7]] = 0
+        after[:, [2, 6, 7]] = 0
+    head = jax.jit(MaskedLMHead(DEEP).apply)
+    both = jnp.asarray(np.concatenate([before, after], axis=-1))
+    expected = head({"params": params["params"]["head"]}, both, WORD)
+    found = apply(params, embedded, WORD, document_mask(jnp.asarray(DOCUMENTS)))
+    np.testing.assert_allclose(found[..., :50], expected[..., :50], rtol=1e-4, atol=1e-4)
+
+
+def changes(apply, params, mask, length=8):
+    """[i, t]: by how much the logits at t change when the token at i does."""
+    embedded = np.tile(RANDOM.randn(1, length, 12), (length + 1, 1, 1))
+    embedded[np.arange(length), np.arange(length)] += RANDOM.randn(length, 12)
+    mask = jnp.broadcast_to(mask, (length + 1, *mask.shape[1:]))
+    logits = np.asarray(apply(params, jnp.asarray(embedded, jnp.float32), WORD, mask))[..., :50]
+    return np.abs(logits[:-1] - logits[-1:]).max(-1)
+
+
+@pytest.mark.parametrize("body", ["electra", "modern"])
+def test_no_place_sees_its_own_token_and_all_others_of_its_document(body):
+    _, params, apply = two_tower(body)
+    found = changes(apply, params, document_mask(jnp.asarray(DOCUMENTS)))
+    seen = (DOCUMENTS.T == DOCUMENTS) & ~np.eye(8, dtype=bool)
+    assert (found[seen] > 1e-3).all() and (found[~seen] < 1e-5).all()
+
+
+def test_only_at_the_ends_of_a_row_the_references_wrap_around_shows_a_place_its_own_token():
+    _, params, apply = two_tower(wrap=True)
+    found = changes(apply, params, jnp.ones((1, 1, 1, 8), bool))
+    assert (np.diagonal(found) > 1e-3).tolist() == [True] + [False] * 6 + [True]
+
+
+def test_the_towers_drop_different_units():
+    """With one token, one set of weights and a head that sees the difference of both states, only dropout is left."""
+    generator = Generator(dataclasses.replace(TINY, dropout=0.5), two_tower=True, wrap=True)
+    embedded, mask = jnp.ones((1, 1, 12)), jnp.ones((1, 1, 1, 1), bool)
+    params = random_params(jax.eval_shape(generator.init, jax.random.key(0), embedded, WORD, mask))["params"]
+    half = params["head"]["dense"]["kernel"][:8]
+    params["head"]["dense"]["kernel"] = jnp.concatenate([half, -half])
+    params["backward_encoder"] = params["encoder"]
+    apply = jax.jit(generator.apply)
+    plain = apply({"params": params}, embedded, WORD, mask)
+    dropped = apply({"params": params}, embedded, WORD, mask, seed=jnp.array([7], jnp.uint32))
+    assert np.abs(plain - dropped)[..., :50].max() > 1e-2

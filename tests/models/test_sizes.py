@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from electrax.config import UserError
+from electrax.config import UserError, find_config, load
+from electrax.experiment.pretrain import PretrainConfig
 from electrax.models.flops import pretraining_step
 from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
@@ -55,6 +56,39 @@ def test_separate_embeddings_are_as_wide_as_the_generator():
     assert towers(generator=GeneratorConfig(embeddings="separate"))[0].embedding_width == 64
 
 
+def test_a_two_tower_generator_has_the_fractions_of_a_masked_one():
+    assert shape(towers(generator=GeneratorConfig(kind="two_tower"))[0]) == (12, 64, 256, 1, 128)
+
+
+def test_a_shared_generator_is_the_discriminator_and_takes_no_numbers_of_its_own():
+    generator, discriminator = towers(generator=GeneratorConfig(kind="shared"))
+    assert generator == discriminator
+    with pytest.raises(UserError) as caught:
+        towers(generator=GeneratorConfig(kind="shared", width=64, layers_fraction=0.5, embeddings="separate"))
+    assert str(caught.value) == (
+        'generator.kind "shared" is the discriminator\'s own encoder; leave out generator.layers_fraction, '
+        "generator.width, generator.embeddings"
+    )
+
+
+# share predicted, row length, rows, learning rate, steps, and tokens in all (the paper's table 6 and 7)
+@pytest.mark.parametrize(
+    ("name", "mask_prob", "length", "rows", "rate", "steps", "tokens"),
+    [
+        ("small", 0.15, 128, 128, 5e-4, 1_000_000, 16.4e9),
+        ("base", 0.15, 512, 256, 2e-4, 766_000, 100e9),
+        ("large", 0.25, 512, 2048, 2e-4, 400_000, 419e9),
+        ("small++", 0.15, 512, 128, 5e-4, 4_000_000, 262e9),
+    ],
+)
+def test_shipped_configs_have_the_papers_numbers(name, mask_prob, length, rows, rate, steps, tokens):
+    c = load(PretrainConfig, find_config(name, "pretrain"), ["--workdir", "runs/any"])
+    found = c.objective.mask_prob, c.data.max_length, c.batch_size, c.optimizer.learning_rate, c.steps
+    assert found == (mask_prob, length, rows, rate, steps)
+    assert (c.model.size, c.optimizer.warmup_steps, c.data.vocab_size) == (name, 10_000, VOCABULARY)
+    assert length * rows * steps == pytest.approx(tokens, rel=0.005)
+
+
 def test_numbers_that_do_not_fit_name_their_section():
     with pytest.raises(UserError, match=r"\[model\] width 100"):
         discriminator_shape(ModelConfig(width=100, heads=3), VOCABULARY)
@@ -63,9 +97,10 @@ def test_numbers_that_do_not_fit_name_their_section():
 
 
 @functools.cache
-def counts(size):
-    generator, discriminator = towers(ModelConfig(size=size))
-    task = PretrainTask(ObjectiveConfig(), discriminator, generator, SpecialIds(0, 1, 2, 3), "packed")
+def counts(size, kind="masked"):
+    generator, discriminator = towers(ModelConfig(size=size), GeneratorConfig(kind=kind))
+    special = SpecialIds(0, 1, 2, 3)
+    task = PretrainTask(ObjectiveConfig(), discriminator, generator, special, "packed", generator_kind=kind)
     tree = jax.eval_shape(lambda: task.init(jax.random.key(0), {"ids": np.zeros((1, 8), np.int32)}))
     return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for name, part in tree.items()}
 
@@ -93,6 +128,16 @@ def test_parameter_counts_are_those_of_the_published_models(size, embeddings, en
     assert embeddings + encoder == {"small": 13_483_008, "base": 108_891_648, "large": 334_092_288}[size]
 
 
+def test_parameter_counts_of_the_other_generators():
+    padding = PADDED - VOCABULARY
+    # two encoders, each with its projection, and twice the rows of the head's dense layer
+    two = 2 * (8_256 + 12 * 49_984) + 39_098 + 64 * 128 + padding
+    assert counts("small", "two_tower")["generator"] == two
+    shared = counts("small", "shared")
+    assert shared["generator"] == 256 * 128 + 128 + 2 * 128 + VOCABULARY + padding  # a head alone
+    assert shared["discriminator"] == counts("small")["discriminator"]
+
+
 def test_flops_of_a_step_are_three_forwards_of_matrix_products():
     generator, discriminator = towers(
         ModelConfig(layers=1, width=8, heads=1, feed_forward=16, embedding_width=8),
@@ -109,3 +154,11 @@ def test_flops_of_a_step_are_three_forwards_of_matrix_products():
     gated = dataclasses.replace(discriminator, body="modern")
     more = pretraining_step(generator, gated, 6, 10, 2) - expected
     assert more == 3 * 6 * 10 * 2 * 8 * 16
+    # a second encoder, and a head over both states; then the vocabulary at all ten places
+    two = pretraining_step(generator, discriminator, 6, 10, 2, towers=2)
+    assert two - expected == 3 * 6 * (10 * small + 2 * 2 * 4 * 8)
+    assert pretraining_step(generator, discriminator, 6, 10, 10, towers=2) - two == 3 * 6 * 8 * (slot + 2 * 4 * 8)
+    # the discriminator's own encoder, run twice
+    head = 2 * 8 * 8 + 2 * 8 * 128
+    shared = 3 * 6 * (10 * (2 * encoder + 2 * 64 + 2 * 8) + 2 * head)
+    assert pretraining_step(discriminator, discriminator, 6, 10, 2) == shared

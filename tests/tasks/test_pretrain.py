@@ -140,10 +140,12 @@ def test_a_rows_mask_is_a_function_of_its_key_alone():
         assert (together[name] == turned[name][::-1]).all()
 
 
-def test_weights_are_over_used_slots_and_over_real_tokens_with_cls_and_sep():
-    prepared = prepare(make_task(), IDS, KEYS)
+@pytest.mark.parametrize("faithful", [False, True])  # then a position may come twice, and counts twice
+def test_weights_are_over_used_slots_and_over_real_tokens_with_cls_and_sep(faithful):
+    prepared = prepare(make_task(faithful=faithful), IDS, KEYS)
     real, used = IDS != PAD, np.asarray(prepared["used"])
     assert real.sum() == 20 + 19 + 18 + 17 and used.sum() == 6 + 6 + 5 + 5
+    assert (places(jax.device_get(prepared)).sum() < 22) == faithful
     np.testing.assert_allclose(prepared["slot_weight"], used / 22, rtol=2e-6)
     np.testing.assert_allclose(prepared["token_weight"], real / 74, rtol=2e-6)
 
