@@ -1,0 +1,274 @@
+"""What the readers of fine-tuning data share: kinds of example, lines of a file, and rows that cannot be used."""
+
+import contextlib
+import io
+import json
+import lzma
+import math
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from electrax.config import UserError
+from electrax.data.readers import _decompressed, _zstd_error
+
+MAX_LINE_BYTES = 16 << 20  # of a line, and of a cell that runs over several
+SHOWN = 5  # bad rows in an error message
+
+OnBadRow = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """One text, a pair, or for multiple choice a context and then each choice."""
+
+    where: str  # "reviews.csv, line 7"
+    texts: tuple[str, ...]
+    label: str | tuple[str, ...] | None  # as written; a tuple for multi-label; None where the file has none
+    id: str = ""  # the benchmark's own index, where it has one
+
+
+@dataclass(frozen=True)
+class TaggedExample:
+    """A sentence as words, with one tag a word; `tags` is None where the file has none."""
+
+    where: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...] | None
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` stands in the context from character `start` on."""
+
+    text: str
+    start: int
+
+
+@dataclass(frozen=True)
+class QuestionExample:
+    """A question on a context. Possible and without an answer: the file has no answers (a test set).
+
+    `aliases` are further texts that count as right in an evaluation but were not found in the context.
+    """
+
+    where: str
+    id: str
+    question: str
+    context: str
+    answers: tuple[Answer, ...]
+    impossible: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+Example = TypeVar("Example", TextExample, TaggedExample, QuestionExample)
+
+
+class Fault(NamedTuple):
+    """What is wrong with a row: a kind to count by, and one line that says what was expected."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Stands in a stream of examples for a row that cannot be used."""
+
+    where: str
+    kind: str
+    message: str
+
+
+class BadRows:
+    """Collects bad rows, so that all of them are reported at once."""
+
+    def __init__(self, on_bad_row: OnBadRow = "error"):
+        self.on_bad_row = on_bad_row
+        self.counts: Counter[str] = Counter()
+        self._shown: list[str] = []
+
+    def add(self, where: str, kind: str, message: str) -> None:
+        self.counts[kind] += 1
+        if len(self._shown) < SHOWN:
+            self._shown.append(f"{where}: {message}")
+
+    def close(self, source: str | os.PathLike) -> None:
+        """After the whole input: one UserError for all bad rows, unless they are to be skipped."""
+        count = self.counts.total()
+        if self.on_bad_row == "skip" or not count:
+            return
+        kinds = ", ".join(f"{number} {kind}" for kind, number in self.counts.most_common())
+        more = f"; and {count - len(self._shown)} more" if count > len(self._shown) else ""
+        raise UserError(
+            f"{os.fspath(source)}: {count} bad row{'s' * (count > 1)} ({kinds}): {'; '.join(self._shown)}{more}; "
+            'data.on_bad_row = "skip" leaves them out'
+        )
+
+
+def collect(
+    items: Iterable[Example | BadRow], bad: BadRows, source: str | os.PathLike, limit: int | None = None
+) -> list[Example]:
+    """The first `limit` examples of a stream, with its bad rows added to `bad`. None that can be used is a UserError,
+    which with on_bad_row="error" is left to `bad.close` where that can say more."""
+    examples: list[Example] = []
+    for item in items:
+        if isinstance(item, BadRow):
+            bad.add(item.where, item.kind, item.message)
+        else:
+            examples.append(item)
+        if len(examples) == limit:
+            break
+    if not examples and (bad.on_bad_row == "skip" or not bad.counts):
+        raise UserError(f"{os.fspath(source)}: expected rows, found none that can be used")
+    return examples
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    number: int  # from 1
+    text: str  # with its end; not to be used where there is a fault
+    fault: Fault | None
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[Line]:
+    """The lines of a UTF-8 file, perhaps compressed, in bounded memory; only a newline ends one.
+
+    A missing, unreadable or truncated file is a UserError; a NUL byte, broken UTF-8 and an over-long line are faults.
+    """
+    number = 0
+    with open_binary(path) as file:
+        while data := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
+                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+                    pass
+                fault = Fault("long line", f"expected a line of at most {MAX_LINE_BYTES >> 20} MiB")
+                yield Line(number, "\n", fault)
+                continue
+            yield Line(number, *_decoded(data, "utf-8-sig" if number == 1 else "utf-8"))
+
+
+def _decoded(data: bytes, codec: str) -> tuple[str, Fault | None]:
+    fault = None
+    if b"\0" in data:
+        fault = Fault("NUL byte", "expected UTF-8 text, found a NUL byte (a binary or UTF-16 file?)")
+    try:
+        return data.decode(codec), fault
+    except UnicodeDecodeError as error:
+        found = f"found 0x{error.object[error.start]:02x} ({error.reason})"
+        fault = fault or Fault("encoding", f"byte {error.start + 1}: expected UTF-8, {found}")
+        return data.decode(codec, "replace"), fault
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """A whole file, perhaps compressed, as one JSON value; anything else is a UserError."""
+    with open_binary(path) as file:
+        data = file.read()
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{os.fspath(path)}, byte {error.start + 1}: expected UTF-8 ({error.reason})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{os.fspath(path)}: expected JSON ({error})") from None
+
+
+@contextlib.contextmanager
+def open_binary(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
+    """A file's decompressed bytes; what goes wrong in reading them is a UserError."""
+    name = os.fspath(path)
+    try:
+        with open(name, "rb", buffering=0) as raw, _decompressed(raw, Path(name).suffix) as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except (EOFError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
+        raise UserError(f"{name}: truncated or broken compressed data ({error})") from None
+    except OSError as error:  # includes gzip.BadGzipFile, which has no errno
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def short(value: Any, width: int = 60) -> str:
+    """A value for a message: quoted, on one line, cut to about `width` characters."""
+    text = repr(value[: width + 1] if isinstance(value, str) else value)
+    return text if len(text) <= width + 2 else text[:width] + "…"
+
+
+def text_fault(value: Any, name: str) -> Fault | None:
+    """What keeps a value from being used as a text; `name` says in the message whose it is."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return Fault("empty text", f"expected text in {name}, found none")
+    if not isinstance(value, str):
+        return Fault("not text", f"expected text in {name}, found {short(value)}")
+    if "\0" in value:
+        return Fault("NUL byte", f"expected text in {name}, found a NUL character")
+    try:
+        value.encode()  # JSON can spell what no UTF-8 can
+    except UnicodeEncodeError:
+        return Fault("encoding", f"expected text in {name}, found half a surrogate pair")
+    return None
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def find_classes(examples: Sequence[TextExample]) -> tuple[str, ...]:
+    """The labels that occur, in order of value where all are numbers, else in alphabetical order."""
+    found = {label for example in examples for label in _labels(example)}
+    numbers = {label: _number(label) for label in found}
+    if any(number is None for number in numbers.values()):
+        return tuple(sorted(found))
+    return tuple(sorted(found, key=lambda label: (numbers[label], label)))
+
+
+def check_labels(examples: Sequence[TextExample], classes: Sequence[str], bad: BadRows) -> list[TextExample]:
+    """The examples whose labels are all among `classes`; the others go to `bad`."""
+    known, good = set(classes), []
+    names = ", ".join(map(short, classes[:10])) + (f", … ({len(classes)} in all)" if len(classes) > 10 else "")
+    for example in examples:
+        unknown = [label for label in _labels(example) if label not in known]
+        if example.label is None or unknown:
+            found = f"{short(unknown[0])}" if unknown else "none"
+            bad.add(example.where, "label", f"expected one of the labels {names}, found {found}")
+        else:
+            good.append(example)
+    return good
+
+
+def check_numbers(examples: Sequence[TextExample], bad: BadRows) -> list[TextExample]:
+    """The examples whose label `float` reads as a finite number; the others go to `bad`."""
+    good = []
+    for example in examples:
+        if isinstance(example.label, str) and _number(example.label) is not None:
+            good.append(example)
+        else:
+            bad.add(example.where, "label", f"expected a number as label, found {short(example.label)}")
+    return good
+
+
+def _labels(example: TextExample) -> tuple[str, ...]:
+    match example.label:
+        case None:
+            return ()
+        case str(label):
+            return (label,)
+        case labels:
+            return labels
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and "_" not in text else None

@@ -1,0 +1,171 @@
+"""Questions on a context: SQuAD's JSON (1.1 and 2.0) and MRQA's JSON lines."""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from electrax.config import UserError
+from electrax.data.examples import (
+    Answer,
+    BadRow,
+    BadRows,
+    Fault,
+    QuestionExample,
+    collect,
+    read_json,
+    read_lines,
+    short,
+    text_fault,
+)
+
+
+def read_squad(path: str | os.PathLike, bad: BadRows) -> list[QuestionExample]:
+    """SQuAD 1.1 or 2.0 (.json, perhaps compressed). A file whose questions have no "answers" is a test set."""
+    return collect(_unique(_squad_questions(os.fspath(path))), bad, path)
+
+
+def read_mrqa(path: str | os.PathLike, bad: BadRows) -> list[QuestionExample]:
+    """MRQA 2019 (.jsonl, perhaps compressed): every detected span is an answer, as it is written in the context.
+
+    The context keeps its [TLE], [DOC] and [PAR] marks.
+    """
+    return collect(_unique(_mrqa_questions(os.fspath(path))), bad, path)
+
+
+def _unique(items: Iterator[QuestionExample | BadRow]) -> Iterator[QuestionExample | BadRow]:
+    seen: set[str] = set()
+    for item in items:
+        if isinstance(item, QuestionExample):
+            if item.id in seen:
+                item = BadRow(item.where, "duplicate id", "expected an id of its own, found one that was used before")
+            else:
+                seen.add(item.id)
+        yield item
+
+
+def _question(where: str, qa: dict[str, Any], id_field: str, context: str) -> QuestionExample | Fault:
+    """The question with neither answers nor aliases."""
+    id, question, impossible = qa.get(id_field), qa.get("question"), qa.get("is_impossible", False)
+    if fault := text_fault(id, repr(id_field)) or text_fault(question, "'question'"):
+        return fault
+    if not isinstance(impossible, bool):
+        return Fault("answer", f"expected true or false in 'is_impossible', found {short(impossible)}")
+    return QuestionExample(where, id, question, context, (), impossible)
+
+
+# -- SQuAD -------------------------------------------------------------------------------------------------------------
+
+
+def _squad_questions(path: str) -> Iterator[QuestionExample | BadRow]:
+    for a, article in enumerate(_objects(read_json(path), "data", path), 1):
+        place = f"{path}, article {a}"
+        for p, paragraph in enumerate(_objects(article, "paragraphs", place), 1):
+            place = f"{path}, article {a}, paragraph {p}"
+            context = paragraph.get("context")
+            if fault := text_fault(context, "'context'"):
+                yield BadRow(place, *fault)
+                continue
+            for q, qa in enumerate(_objects(paragraph, "qas", place), 1):
+                where = f"{path}, question {qa['id']}" if qa.get("id") else f"{place}, question {q}"
+                made = _squad_question(where, qa, context)
+                yield BadRow(where, *made) if isinstance(made, Fault) else made
+
+
+def _objects(holder: Any, key: str, where: str) -> list[dict[str, Any]]:
+    items = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UserError(f"{where}: expected SQuAD's format, an object with a list of objects in {key!r}")
+    return items
+
+
+def _squad_question(where: str, qa: dict[str, Any], context: str) -> QuestionExample | Fault:
+    example = _question(where, qa, "id", context)
+    if isinstance(example, Fault) or "answers" not in qa:
+        return example
+    written = qa["answers"]
+    if not isinstance(written, list) or bool(written) == example.impossible:
+        expected = "no answers to an impossible question" if example.impossible else "a list of answers"
+        return Fault("answer", f"expected {expected}, found {short(written)}")
+    answers = [_squad_answer(answer, context) for answer in written]
+    fault = next((answer for answer in answers if isinstance(answer, Fault)), None)
+    return fault or QuestionExample(
+        where, example.id, example.question, context, tuple(answers), impossible=example.impossible
+    )
+
+
+def _squad_answer(answer: Any, context: str) -> Answer | Fault:
+    text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, dict) else (None, None)
+    if not isinstance(text, str) or not text.strip() or type(start) is not int:
+        return Fault("answer", f"expected an answer with 'text' and 'answer_start', found {short(answer)}")
+    found = context[max(start, 0) : max(start, 0) + len(text)]
+    if start < 0 or found != text:
+        return Fault("answer", f"expected the answer {short(text)} at character {start}, found {short(found)}")
+    return Answer(text, start)
+
+
+# -- MRQA --------------------------------------------------------------------------------------------------------------
+
+
+def _mrqa_questions(path: str) -> Iterator[QuestionExample | BadRow]:
+    for line in read_lines(path):
+        where = f"{path}, line {line.number}"
+        record = line.fault or _mrqa_record(line.text)
+        if isinstance(record, Fault):
+            if line.number == 1:
+                raise UserError(f"{where}: {record.message}")
+            yield BadRow(where, *record)
+            continue
+        for qa in record.get("qas", ()):
+            place = f"{where}, question {qa['qid']}" if qa.get("qid") else where
+            made = _mrqa_question(place, qa, record["context"])
+            yield BadRow(place, *made) if isinstance(made, Fault) else made
+
+
+def _mrqa_record(text: str) -> dict[str, Any] | Fault:
+    """A context with its questions; without any where the line is blank or the header."""
+    if not text.strip():
+        return {}
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Fault("JSON", f"expected one JSON object a line ({error})")
+    if isinstance(record, dict) and "header" in record:
+        return {}
+    questions = record.get("qas") if isinstance(record, dict) else None
+    if not isinstance(questions, list) or not all(isinstance(qa, dict) for qa in questions):
+        return Fault("JSON", f"expected an object with 'context' and a list of objects in 'qas', found {short(text)}")
+    return text_fault(record.get("context"), "'context'") or record
+
+
+def _mrqa_question(where: str, qa: dict[str, Any], context: str) -> QuestionExample | Fault:
+    example = _question(where, qa, "qid", context)
+    if isinstance(example, Fault) or "detected_answers" not in qa:
+        return example
+    try:
+        spans = [
+            (answer["text"], start, end + 1)  # the file counts the last character in
+            for answer in qa["detected_answers"]
+            for start, end in answer["char_spans"]
+        ]
+        texts = [text for text, _, _ in spans] + list(qa.get("answers", ()))
+        places = [place for _, *both in spans for place in both]
+        well_formed = all(isinstance(text, str) for text in texts) and all(type(place) is int for place in places)
+    except (KeyError, TypeError, ValueError):
+        well_formed = False
+    if not well_formed or bool(spans) == example.impossible:
+        found = short(qa["detected_answers"])
+        return Fault("answer", f"expected a list of answers with 'text' and 'char_spans', found {found}")
+    for text, start, end in spans:
+        if start < 0 or not _letters(text) or _letters(context[start:end]) != _letters(text):
+            found = short(context[max(start, 0) : max(end, 0)])
+            return Fault("answer", f"expected the answer {short(text)} at character {start}, found {found}")
+    answers = tuple(Answer(context[start:end], start) for _, start, end in spans)
+    known = {answer.text for answer in answers}
+    aliases = tuple(dict.fromkeys(text for text in qa.get("answers", ()) if text not in known))
+    return QuestionExample(where, example.id, example.question, context, answers, example.impossible, aliases)
+
+
+def _letters(text: str) -> str:
+    """What answers found by heuristics have in common with the context: neither case, spaces nor punctuation."""
+    return "".join(filter(str.isalnum, text.casefold()))

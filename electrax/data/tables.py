@@ -1,0 +1,281 @@
+"""Texts and labels from the columns of CSV, TSV, JSON-lines and Parquet files, plain lines and TFDS datasets."""
+
+import csv
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from electrax.config import UserError
+from electrax.data.examples import (
+    MAX_LINE_BYTES,
+    BadRow,
+    BadRows,
+    Fault,
+    TextExample,
+    collect,
+    read_lines,
+    short,
+    text_fault,
+)
+from electrax.data.readers import COMPRESSED, TFDS_PREFIX, find_sources
+
+KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}
+
+Records = Iterator[tuple[str, dict[str, Any] | Fault]]  # (where, columns -> value or what is wrong with the row)
+
+
+def read_table(
+    path: str | os.PathLike,
+    text: Sequence[str],
+    label: str,
+    bad: BadRows,
+    label_separator: str = "",
+    limit: int | None = None,
+    tfds_dir: str | None = None,
+) -> list[TextExample]:
+    """The examples of a table (at most `limit`), with its bad rows added to `bad`; see `iter_table`."""
+    return collect(iter_table(path, text, label, label_separator, tfds_dir), bad, path, limit)
+
+
+def iter_table(
+    path: str | os.PathLike,
+    text: Sequence[str],
+    label: str = "",
+    label_separator: str = "",
+    tfds_dir: str | None = None,
+) -> Iterator[TextExample | BadRow]:
+    """The rows in order, in bounded memory. What is wrong with the file as a whole is a UserError.
+
+    `text` names one column, a pair, or a context and its choices; an empty `label` stands for no labels. Where all
+    names are numbers, a .csv or .tsv file has no header and they count its columns from 0. A JSON or Parquet list is
+    multi-label, and so is every label with a `label_separator`, at which it is split. Labels lose the white space
+    around them. A .txt file holds one text a line. `tfds:NAME[/split]` is looked for in `tfds_dir`.
+    """
+    columns = [*text, label] if label else list(text)
+    for where, record in _records(os.fspath(path), columns, bool(label), tfds_dir):
+        made = record if isinstance(record, Fault) else _example(where, record, text, label, label_separator)
+        yield BadRow(where, *made) if isinstance(made, Fault) else made
+
+
+def _records(path: str, columns: list[str], labelled: bool, tfds_dir: str | None) -> Records:
+    if not columns:
+        raise UserError(f"{path}: expected the name of at least one text column")
+    if path.startswith(TFDS_PREFIX):
+        return _tfds_records(path, columns, tfds_dir)
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSED]
+    match suffixes[-1].lower() if suffixes else "":
+        case ".csv":
+            return _csv_records(path, columns, ",")
+        case ".tsv":
+            return _csv_records(path, columns, "\t")
+        case ".jsonl" | ".json":
+            return _json_records(path)
+        case ".parquet":
+            return _parquet_records(path, columns)
+        case ".txt":
+            if len(columns) > 1 or labelled:
+                raise UserError(f"{path}: a .txt file holds one text a line and no labels; expected another kind of "
+                                f"file for the columns {', '.join(columns)}")  # fmt: skip
+            return _text_records(path, columns[0])
+    raise UserError(f"{path}: expected a name that ends in {', '.join(KINDS)}, or tfds:NAME")
+
+
+# -- one row -----------------------------------------------------------------------------------------------------------
+
+
+def _example(
+    where: str, record: dict[str, Any], text: Sequence[str], label: str, separator: str
+) -> TextExample | Fault:
+    for name in [*text, label] if label else text:
+        if name not in record:
+            return Fault("missing column", _missing(name, list(record)))
+    try:
+        texts = [_plain(record[name]) for name in text]
+        value = _label(_plain(record[label]), separator) if label else None
+    except UnicodeDecodeError as error:
+        return Fault("encoding", f"expected UTF-8, found 0x{error.object[error.start]:02x} ({error.reason})")
+    for name, one in zip(text, texts, strict=True):
+        if fault := text_fault(one, f"column {name!r}"):
+            return fault
+    if label and value is None:
+        return Fault("label", f"expected a label in column {label!r}, found {short(_plain(record[label]))}")
+    return TextExample(where, tuple(texts), value)
+
+
+def _label(value: Any, separator: str) -> str | tuple[str, ...] | None:
+    """None where there is no label, or a value that cannot be one. No label at all is a set of labels too."""
+    if isinstance(value, (list, tuple)):
+        labels = [_label(item, "") for item in value]
+        return tuple(dict.fromkeys(labels)) if all(isinstance(label, str) for label in labels) else None
+    if isinstance(value, bool):
+        written = str(value).lower()
+    elif isinstance(value, (int, str)) or (isinstance(value, float) and not math.isnan(value)):
+        written = str(value).strip()
+    else:
+        written = ""
+    if separator and (written or value is None or value == ""):
+        return tuple(dict.fromkeys(part.strip() for part in written.split(separator) if part.strip()))
+    return written or None
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's values and bytes as Python's; UnicodeDecodeError where they are no UTF-8."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _missing(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"no column {name!r}; {hint}its columns are {', '.join(map(short, names)) or 'none'}"
+
+
+# -- separated values --------------------------------------------------------------------------------------------------
+
+
+def _csv_records(path: str, columns: list[str], delimiter: str) -> Records:
+    rows = _cells(path, delimiter)
+    width, places = 0, {}
+    if all(name.isdigit() for name in columns):
+        places = {name: int(name) for name in columns}
+    else:
+        first, _, header = next(rows, (0, 0, []))
+        if isinstance(header, Fault):
+            raise UserError(f"{path}, line {first}: {header.message}")
+        width, places = len(header), _places(path, columns, header, delimiter)
+    for first, last, cells in rows:
+        where = f"{path}, line {first}"
+        if not width and isinstance(cells, list):  # the first row of a file without a header
+            width = len(cells)
+            if max(places.values()) >= width:
+                raise UserError(f"{where}: expected at least {max(places.values()) + 1} columns, found {width}")
+        if isinstance(cells, list) and len(cells) != width:
+            lines = f" in lines {first} to {last} (quotation marks?)" if last > first else ""
+            cells = Fault("ragged row", f"expected {width} cells, found {len(cells)}{lines}")
+        yield where, cells if isinstance(cells, Fault) else {name: cells[place] for name, place in places.items()}
+
+
+def _places(path: str, columns: list[str], header: list[str], delimiter: str) -> dict[str, int]:
+    if not header:
+        raise UserError(f"{path}: expected a header with the columns {', '.join(columns)}, found an empty file")
+    for name in columns:
+        if header.count(name) > 1:
+            raise UserError(f"{path}: expected one column {name!r}, found {header.count(name)}")
+        if name not in header:
+            others = [words for other, words in DELIMITERS.items() if other != delimiter and other in header[0]]
+            hint = f" (cells here are told apart by {DELIMITERS[delimiter]}; these by {others[0]}?)" if others else ""
+            raise UserError(f"{path}: {_missing(name, header)}{hint if len(header) == 1 else ''}")
+    return {name: header.index(name) for name in columns}
+
+
+def _cells(path: str, delimiter: str) -> Iterator[tuple[int, int, list[str] | Fault]]:
+    """(first line, last line, cells) of each row that is not blank. A row with a fault in one of its lines has the
+    fault instead; a quoted cell may hold newlines."""
+    faults: list[Fault] = []
+    ended = False
+
+    def feed() -> Iterator[str]:
+        nonlocal ended
+        for line in read_lines(path):
+            if line.fault:
+                faults.append(line.fault)
+            yield line.text
+        ended = True
+
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # the library's own limit is 128 KiB
+    reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+    while True:
+        first, cells = reader.line_num + 1, None
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if ended or "field limit" in str(error):
+                raise UserError(f"{path}, line {first}: expected a cell to end, found none that does in "
+                                f"{reader.line_num - first + 1} lines (a stray quotation mark?)") from None  # fmt: skip
+            faults.append(Fault("quotes", f"expected cells that are quoted as a whole or not at all ({error})"))
+        if faults or cells:
+            yield first, reader.line_num, faults[0] if faults else cells
+        faults.clear()
+
+
+# -- other kinds of file -----------------------------------------------------------------------------------------------
+
+
+def _text_records(path: str, column: str) -> Records:
+    for line in read_lines(path):
+        yield f"{path}, line {line.number}", line.fault or {column: line.text.rstrip("\r\n")}
+
+
+def _json_records(path: str) -> Records:
+    begun = False
+    for line in read_lines(path):
+        text, where = line.text.strip(), f"{path}, line {line.number}"
+        if not text:
+            continue
+        if not begun and not line.fault and (text[0] != "{" or text == "{"):
+            raise UserError(f"{where}: expected one JSON object a line, found {short(text)}")
+        begun = True
+        yield where, line.fault or _json_object(text)
+
+
+def _json_object(text: str) -> dict[str, Any] | Fault:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Fault("JSON", f"expected one JSON object a line ({error})")
+    return value if isinstance(value, dict) else Fault("JSON", f"expected a JSON object, found {short(value)}")
+
+
+def _parquet_records(path: str, columns: list[str]) -> Records:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading Parquet needs another library: pip install pyarrow") from None
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for name in columns:
+                if name not in names:
+                    raise UserError(f"{path}: {_missing(name, names)}")
+            for batch in file.iter_batches(1024, columns=list(dict.fromkeys(columns))):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield f"{path}, row {row}", record
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: pyarrow's own errors, and broken UTF-8
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}, after row {row}: expected a Parquet file ({reason})") from None
+
+
+def _tfds_records(path: str, columns: list[str], tfds_dir: str | None) -> Records:
+    data = find_sources((path,), tfds_dir=tfds_dir)[0]._open()
+    features = data.dataset_info.features
+    for name in columns:
+        if name not in features:
+            raise UserError(f"{path}: {_missing(name, list(features))}")
+    for number in range(len(data)):
+        record = data[number]
+        yield f"{path}, example {number}", {name: _named(features[name], record[name]) for name in columns}
+
+
+def _named(feature: Any, value: Any) -> Any:
+    """A class label's name for its number, None for TFDS's -1 (no label); any other value as it is."""
+    if not hasattr(feature, "int2str"):
+        return value
+    if np.ndim(value):
+        return [feature.int2str(int(item)) for item in value]
+    return feature.int2str(int(value)) if value >= 0 else None
