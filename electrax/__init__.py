@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from electrax.experiment import load as load
+    from electrax.experiment.saved import load as load
 
 __all__ = ["load"]
 
@@ -11,7 +11,7 @@ __all__ = ["load"]
 def __getattr__(name: str):
     # loaded on first use: the workers of `prepare` and `--help` need no JAX
     if name == "load":
-        from electrax.experiment import load
+        from electrax.experiment.saved import load
 
         return load
     raise AttributeError(f"module 'electrax' has no attribute {name!r}")

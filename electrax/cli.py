@@ -14,7 +14,9 @@ USAGE = """usage: electrax COMMAND …
 
   prepare   TEXT… --out DIR [--tokenizer …]      text -> tokenizer + token shards
   pretrain  CONFIG [--section.key value …]       train generator and discriminator; run again to continue
-  evaluate  WORKDIR [--section.key value …]      the figures of a trained model on held-out rows
+  finetune  CONFIG [--section.key value …]       train a classifier, tagger or question answerer; the same
+  evaluate  WORKDIR [--section.key value …]      the figures of a trained model on held-out or dev rows
+  predict   WORKDIR INPUT [--key value …]        one line or row in, one JSON object out
 
 electrax COMMAND --help shows every option. --debug (anywhere) shows the traceback of an error."""
 
@@ -49,7 +51,9 @@ def run(arguments: Sequence[str]) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "prepare": prepare_command,
         "pretrain": pretrain_command,
+        "finetune": finetune_command,
         "evaluate": evaluate_command,
+        "predict": predict_command,
     }
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
@@ -78,8 +82,10 @@ def _start_jax() -> None:
     """Compiled programs are kept in the user's cache directory, so that the next start is quick."""
     import jax
 
+    from electrax.data.encoded import cache_folder
+
     if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "electrax" / "jax"
+        cache = cache_folder() / "jax"
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
@@ -87,7 +93,7 @@ def _start_jax() -> None:
 def prepare_command(arguments: Sequence[str]) -> int:
     from electrax.config import build, parse_overrides
     from electrax.data.prepare import PrepareConfig, prepare
-    from electrax.report import PrepareProgress, show_prepared
+    from electrax.report.pretrain import PrepareProgress, show_prepared
 
     if _help(PrepareConfig, "electrax prepare TEXT…", arguments):
         return 0
@@ -102,35 +108,98 @@ def prepare_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def pretrain_command(arguments: Sequence[str]) -> int:
+def _config(cls: type, kind: str, arguments: Sequence[str]):
+    """The config that the first word names, with the rest over it."""
     from electrax.config import find_config, load
-    from electrax.experiment import PretrainConfig
+
+    names, options = _positional(arguments)
+    if len(names) != 1:
+        raise UserError(f"{kind}: expected one CONFIG (a shipped name or a TOML file), then --section.key value …")
+    return load(cls, find_config(names[0], kind), options)
+
+
+def pretrain_command(arguments: Sequence[str]) -> int:
+    from electrax.experiment.pretrain import PretrainConfig
 
     if _help(PretrainConfig, "electrax pretrain CONFIG", arguments):
         return 0
-    names, options = _positional(arguments)
-    if len(names) != 1:
-        raise UserError("pretrain: expected one CONFIG (a shipped name or a TOML file), then --section.key value …")
-    config = load(PretrainConfig, find_config(names[0], "pretrain"), options)
+    config = _config(PretrainConfig, "pretrain", arguments)
     _start_jax()
-    from electrax.report import pretrain_and_report
+    from electrax.report.pretrain import pretrain_and_report
 
-    command = shlex.join(["electrax", "pretrain", *arguments])
-    return pretrain_and_report(config, command)
+    return pretrain_and_report(config, shlex.join(["electrax", "pretrain", *arguments]))
+
+
+def finetune_command(arguments: Sequence[str]) -> int:
+    from electrax.experiment.finetune import FinetuneConfig
+
+    command = shlex.join(["electrax", "finetune", *arguments])
+    if _is_glue(arguments):
+        from electrax.experiment.glue import GlueConfig
+
+        if _help(GlueConfig, f"electrax finetune {arguments[0]}", arguments):
+            return 0
+        config = _config(GlueConfig, "finetune", arguments)
+        _start_jax()
+        from electrax.report.glue import glue_and_report
+
+        return glue_and_report(config, command)
+    if _help(FinetuneConfig, "electrax finetune CONFIG", arguments):
+        return 0
+    config = _config(FinetuneConfig, "finetune", arguments)
+    _start_jax()
+    from electrax.report.finetune import finetune_and_report
+
+    return finetune_and_report(config, command)
+
+
+def _is_glue(arguments: Sequence[str]) -> bool:
+    """Whether the config is one of GLUE as a whole, which has keys of its own."""
+    from electrax.config import find_config, read_toml
+
+    names, _ = _positional(arguments)
+    return len(names) == 1 and read_toml(find_config(names[0], "finetune")).get("task") == "glue"
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     from electrax.config import load
-    from electrax.experiment import CONFIG_FILE, PretrainConfig, read_config
+    from electrax.experiment.finetune import FinetuneConfig, read_config
+    from electrax.experiment.pretrain import PretrainConfig
+    from electrax.experiment.run import CONFIG_FILE
 
-    if _help(PretrainConfig, "electrax evaluate WORKDIR", arguments):
-        return 0
     names, options = _positional(arguments)
     if len(names) != 1:
+        if _help(PretrainConfig, "electrax evaluate WORKDIR (of a pretraining)", arguments):
+            return 0
         raise UserError("evaluate: expected one WORKDIR, then --section.key value …")
-    read_config(names[0])  # a clear error where it holds no run
-    config = load(PretrainConfig, pathlib.Path(names[0]) / CONFIG_FILE, [*options, f"--workdir={names[0]}"])
+    kind = type(read_config(names[0]))
+    if _help(kind, f"electrax evaluate {names[0]}", arguments):
+        return 0
+    config = load(kind, pathlib.Path(names[0]) / CONFIG_FILE, [*options, f"--workdir={names[0]}"])
     _start_jax()
-    from electrax.report import evaluate_and_report
+    from electrax.report import finetune, pretrain
 
-    return evaluate_and_report(config)
+    report = finetune if kind is FinetuneConfig else pretrain
+    return report.evaluate_and_report(config)
+
+
+def predict_command(arguments: Sequence[str]) -> int:
+    from electrax.config import build, parse_overrides
+    from electrax.inference.predict import PredictConfig
+
+    if _help(PredictConfig, "electrax predict WORKDIR INPUT", arguments):
+        return 0
+    words, options = _positional(arguments)
+    if len(words) != 2:
+        raise UserError(
+            "predict: expected WORKDIR INPUT (a file, or - for lines of standard input), then --key value …"
+        )
+    config = build(PredictConfig, {**parse_overrides(options), "model": words[0], "input": words[1]}, "command line")
+    _start_jax()
+    from electrax.experiment.finetune import text_columns
+    from electrax.experiment.saved import load
+    from electrax.inference.predict import predict_lines
+
+    for line in predict_lines(load(config.model), config, text_columns(config.model)):
+        print(line)
+    return 0

@@ -95,7 +95,7 @@ def trained(folder, prepared):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pretrian"], "pretrian: no such command; expected one of prepare, pretrain, evaluate"),
+        (["pretrian"], "pretrian: no such command; expected one of prepare, pretrain, finetune, evaluate"),
         (["pretrain"], "pretrain: expected one CONFIG"),
         (["pretrain", "a", "b"], "pretrain: expected one CONFIG"),
         (["pretrain", "nothing.toml"], "nothing.toml: no such file, and no shipped config of that name; shipped: "),

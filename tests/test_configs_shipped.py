@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from electrax.config import load
-from electrax.experiment import PretrainConfig, make_task
+from electrax.experiment.pretrain import PretrainConfig, make_task
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 PRETRAIN = sorted(CONFIGS.glob("pretrain/*.toml"))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 ROUNDS = 3  # of both halves
+MOST_PADDING = 0.08  # of the tokens, where the number of shapes allows it
 _31, _32 = np.uint64(31), np.uint64(32)
 _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -63,3 +64,86 @@ def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
     mixed = (values + key) * _MULTIPLIER_1
     mixed = (mixed ^ (mixed >> _32)) * _MULTIPLIER_2
     return mixed >> _31  # a sum with a half cannot wrap around
+
+
+# -- rows of different lengths -----------------------------------------------------------------------------------------
+
+
+def bucket_lengths(lengths: Int64[np.ndarray, " N"], most: int) -> Int64[np.ndarray, " K"]:
+    """The at most `most` lengths that leave the least padding when each row is padded to the next of them.
+
+    Exact, by dynamic programming over the distinct lengths: O(most · distinct²).
+    """
+    values, counts = np.unique(lengths, return_counts=True)
+    rows, tokens = np.cumsum(counts), np.cumsum(counts * values)
+    # padding[i, j]: of rows with the lengths after place i up to place j, padded to values[j]; i = -1 is stored last
+    before_rows, before_tokens = np.append(rows, 0), np.append(tokens, 0)
+    padding = values[None] * (rows[None] - before_rows[:, None]) - (tokens[None] - before_tokens[:, None])
+    padding = np.where(np.arange(len(values))[None] > np.append(np.arange(len(values)), -1)[:, None], padding, np.inf)
+    best, choices = padding[-1], []
+    for _ in range(min(most, len(values)) - 1):
+        total = best[:, None] + padding[:-1]
+        choice = np.argmin(total, axis=0)
+        better = total[choice, np.arange(len(values))] < best
+        choices.append(np.where(better, choice, -1))
+        best = np.where(better, total[choice, np.arange(len(values))], best)
+    chosen, place = [len(values) - 1], len(values) - 1
+    for choice in reversed(choices):
+        if choice[place] >= 0:
+            place = int(choice[place])
+            chosen.append(place)
+    return values[chosen[::-1]]
+
+
+def _shuffled(key: tuple[int, ...], size: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).permutation(size)
+
+
+class LengthBuckets:
+    """Batches of rows of nearly one length: each row once an epoch, in as few shapes as keep the padding below 8 %, at
+    most in `most`.
+
+    The length of an epoch's j-th batch does not depend on the seed, only which rows of about that length it holds.
+    """
+
+    def __init__(self, lengths: Int64[np.ndarray, " N"], batch_size: int, most: int = 12):
+        self.lengths, self.batch_size = lengths, batch_size
+        self.batches = -(-len(lengths) // batch_size)  # an epoch
+        order = np.argsort(lengths, kind="stable")
+        ends = np.minimum((np.arange(len(lengths)) // batch_size + 1) * batch_size, len(lengths))
+        needed = np.empty_like(
+            lengths
+        )  # by each row's batch, were rows in order of length; so buckets hold whole batches
+        needed[order] = lengths[order[ends - 1]]
+        for count in range(1, most + 1):
+            self.buckets = bucket_lengths(needed, count)
+            self._bucket = np.searchsorted(self.buckets, needed)
+            if lengths.sum() > (1 - MOST_PADDING) * self.buckets[self._bucket].sum():
+                break
+        self._epoch = functools.lru_cache(maxsize=2)(self._order_of)
+
+    def train_rows(self, step: int, seed: int) -> tuple[Int64[np.ndarray, " B"], int]:
+        """The rows of batch `step` and the length they are padded to; -1 fills the last batch of an epoch."""
+        epoch, place = divmod(step, self.batches)
+        order, places = self._epoch(seed, epoch)
+        return self._cut(order, int(places[place]))
+
+    def _order_of(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of an epoch by bucket, shuffled within it, and the order in which its batches come."""
+        order = _shuffled((seed, epoch), len(self.lengths))
+        return order[np.argsort(self._bucket[order], kind="stable")], _shuffled((epoch,), self.batches)
+
+    def eval_rows(self) -> Iterator[tuple[Int64[np.ndarray, " B"], int]]:
+        """Every row once, short ones first."""
+        order = np.argsort(self._bucket, kind="stable")
+        return (self._cut(order, place) for place in range(self.batches))
+
+    def padding_share(self) -> float:
+        """Of an epoch's tokens, rows that only fill a batch left out."""
+        padded = sum(length * int((rows >= 0).sum()) for rows, length in self.eval_rows())
+        return 1 - int(self.lengths.sum()) / padded
+
+    def _cut(self, order: np.ndarray, place: int) -> tuple[np.ndarray, int]:
+        rows = order[place * self.batch_size : (place + 1) * self.batch_size]
+        length = int(self.buckets[self._bucket[rows].max()])
+        return np.pad(rows, (0, self.batch_size - len(rows)), constant_values=-1), length

@@ -1,47 +1,35 @@
-"""Composes the parts: configs into objects, objects into a run. The one place where a name becomes an object."""
+"""A pretraining run: its config, its corpus, its objective."""
 
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from electrax.config import UserError, build, read_toml, to_toml
+from electrax.config import UserError
 from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
 from electrax.data.prepare import PrepareConfig, Progress, prepare
-from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
-from electrax.inference.model import PretrainedModel
-from electrax.models.flops import pretraining_step
+from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for, own_rows
 from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
-from electrax.tasks.base import Batch, Params
+from electrax.tasks.base import Params
 from electrax.tasks.corruption import slot_count
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
-from electrax.training.checkpoint import CheckpointConfig, Checkpoints, restore_newest_params
+from electrax.training.checkpoint import CheckpointConfig
 from electrax.training.evaluate import make_evaluate
-from electrax.training.loop import EvalConfig, LogConfig, Record, train
-from electrax.training.optim import OptimizerConfig, make_optimizer
-from electrax.training.sharding import MeshConfig, local_rows, make_mesh, put_batch, row_ways
-from electrax.training.state import (
-    TrainState,
-    abstract_params,
-    abstract_state,
-    choose_microbatch,
-    fresh_state,
-    make_step,
-)
+from electrax.training.loop import EvalConfig, LogConfig
+from electrax.training.optim import OptimizerConfig
+from electrax.training.sharding import MeshConfig, make_mesh
+from electrax.training.tracking import Record
 
 # entered around a preparation, gives what `prepare` reports its progress to
 Watcher = contextlib.AbstractContextManager[Callable[[Progress], None]]
 QUIET: Watcher = contextlib.nullcontext(lambda _: None)
-CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
-MAY_CHANGE = {"workdir", "steps", "epochs", "init_from", "checkpoint", "eval", "log", "mesh"}  # when a run is resumed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +79,7 @@ class PretrainConfig:
             "batch_size": self.batch_size,
             "log.every": self.log.every,
             "eval.every": self.eval.every,
+            "checkpoint.every": self.checkpoint.every,
         }.items():
             if value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
@@ -158,8 +147,20 @@ def make_task(
             f"objective.mask_prob {config.objective.mask_prob} of data.max_length {config.data.max_length} tokens "
             "leaves no position to predict"
         )
+    objective, kind = config.objective, config.generator.kind
+    if objective.kind == "electric" and kind != "two_tower":
+        raise UserError(
+            f'objective.kind "electric" predicts every token from the text around it, which generator.kind "{kind}" '
+            'cannot, as it sees that token; set generator.kind "two_tower"'
+        )
+    if objective.kind == "electric" and not 0 < objective.mask_prob < 1:
+        raise UserError(
+            f'objective.mask_prob must lie above 0 and below 1 for objective.kind "electric", not {objective.mask_prob}'
+        )
+    if objective.kind == "mlm" and kind != "masked":
+        raise UserError(f'objective.kind "mlm" trains one masked LM and has no generator.kind "{kind}"')
     discriminator = discriminator_shape(config.model, vocab_size)
-    masked_lm_alone = config.objective.kind == "mlm"
+    masked_lm_alone = objective.kind == "mlm"
     generator = discriminator if masked_lm_alone else generator_shape(config.model, config.generator, discriminator)
     return PretrainTask(
         objective=config.objective,
@@ -168,6 +169,7 @@ def make_task(
         special=SpecialIds(**{role: special_ids[role] for role in ("pad", "cls", "sep", "mask")}),
         layout=config.data.layout,
         shared_embeddings=masked_lm_alone or config.generator.embeddings == "shared",
+        generator_kind=kind,
         faithful=config.faithful,
         corpus=corpus,
         batch_size=config.batch_size,
@@ -176,145 +178,27 @@ def make_task(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything a training needs, made and checked."""
-
-    config: PretrainConfig
-    task: PretrainTask
-    tokenizer: Tokenizer
-    mesh: Mesh
-    microbatch: int
-    steps: int
-    start: int
-    state: TrainState
-    step_function: Callable
-    evaluate: Callable[[Params], tuple[dict[str, float], dict[str, np.ndarray]]]
-    checkpoints: Checkpoints
-    flops_per_step: float
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.batch_size * self.config.data.max_length
-
-    def compiled(self) -> tuple["Run", int]:
-        """The run with its step compiled, and the bytes of a device that the step needs (0: not known)."""
-        example = put_batch(self.task.train_batch(self.start, local_rows(self.config.batch_size)), self.mesh)
-        step = self.step_function.lower(self.state, example).compile()
-        memory = step.memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
-        return dataclasses.replace(self, step_function=step), needed
-
-    def train(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
-        return train(
-            self.task,
-            self.state,
-            self.step_function,
-            self.evaluate,
-            self.checkpoints,
-            self.mesh,
-            steps=self.steps,
-            eval_every=self.config.eval.every,
-            save_every=self.config.checkpoint.every,
-            log_every=self.config.log.every,
-            stop=stop,
-        )
-
-
 def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
-    """Prepares what is not there yet and checks that everything fits, before step 0. Resumes from the newest whole
-    checkpoint of the work directory; otherwise starts fresh, from the weights of `init_from` if given."""
-    mesh = make_mesh(config.mesh)
-    ways = row_ways(mesh)
-    if config.batch_size % ways:
-        larger = math.ceil(config.batch_size / ways) * ways
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide over {ways} devices; the next one that does is {larger}"
-        )
+    """Prepares what is not there yet and checks that everything fits, before step 0."""
+    mesh = mesh_for(config)
     config, corpus = open_corpus(config, progress)
     tokenizer = corpus.tokenizer()
     steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)
-    keep_config(config, tokenizer)
+    keep_config(config, tokenizer, config.data.path)
     task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, corpus)
-    microbatch = choose_microbatch(
-        config.optimizer.microbatch, config.batch_size // ways, config.data.max_length, jax.default_backend()
-    )
-    optimizer = make_optimizer(config.optimizer, steps, config.faithful)
-    example = {"ids": corpus.rows("train", np.zeros(config.batch_size, np.int64))}
-    abstract = abstract_state(task, optimizer, example, mesh)
-    checkpoints = Checkpoints(pathlib.Path(config.workdir) / "checkpoints", config.checkpoint.keep)
-    restored = checkpoints.restore(abstract)
-    start, state = restored or (0, fresh_state(task, optimizer, example, abstract, config.seed))
-    if restored is None and config.init_from:
-        state = state.replace(params=initial_params(config.init_from, abstract.params, mesh))
-    step_function = make_step(task, optimizer, abstract, mesh, microbatch, config.seed)
-    return Run(
-        config=config,
-        task=task,
-        tokenizer=tokenizer,
-        mesh=mesh,
-        microbatch=microbatch,
+    return assemble(
+        config,
+        task,
+        tokenizer,
+        mesh,
+        example={"ids": corpus.rows("train", np.zeros(config.batch_size, np.int64))[own_rows(config)]},
         steps=steps,
-        start=start,
-        state=state,
-        step_function=step_function,
-        evaluate=make_evaluate(task, mesh),
-        checkpoints=checkpoints,
-        flops_per_step=pretraining_step(
-            task.generator,
-            task.discriminator if task.detects else None,
-            config.batch_size,
-            config.data.max_length,
-            slot_count(config.data.max_length, config.objective.mask_prob),
-        ),
+        flops_per_step=task.flops(config.batch_size, config.data.max_length),
+        tokens_per_step=float(config.batch_size * config.data.max_length),
+        eval_every=config.eval.every,
+        save_every=config.checkpoint.every,
+        initial=(lambda params: initial_params(config.init_from, params, mesh)) if config.init_from else None,
     )
-
-
-def keep_config(config: PretrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes config.toml and the tokenizer into the work directory. Raises UserError where checkpoints are kept there
-    of a run that this one does not continue."""
-    workdir = pathlib.Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")):
-        before, now = dataclasses.asdict(read_config(workdir)), dataclasses.asdict(config)
-        for key, old, new in _differences(before, now):
-            if key.split(".")[0] not in MAY_CHANGE and key != "optimizer.microbatch":
-                raise UserError(
-                    f"{workdir} holds a run with {key} = {old!r}, now {new!r}; take another workdir for a new run"
-                )
-        if Tokenizer.load(workdir).sha256 != tokenizer.sha256:
-            raise UserError(f"{workdir} holds a run with another tokenizer than that of {config.data.path}")
-    tokenizer.save(workdir)
-    write_atomically(workdir / CONFIG_FILE, to_toml(config))
-
-
-def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key, value in now.items():
-        if isinstance(value, dict):
-            yield from _differences(before[key], value, f"{prefix}{key}.")
-        elif before[key] != value:
-            yield prefix + key, before[key], value
-
-
-def read_config(workdir: str | os.PathLike) -> PretrainConfig:
-    """The resolved config of a run; raises UserError where the directory holds none."""
-    path = pathlib.Path(workdir) / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected the work directory of an electrax run")
-    return build(PretrainConfig, read_toml(path), str(path))
-
-
-def load_params(workdir: str | os.PathLike, mesh: Mesh | None = None) -> tuple[int, Params]:
-    """(step, parameters) of the newest whole checkpoint of a run, on a mesh (default: the first device)."""
-    config, tokenizer = read_config(workdir), Tokenizer.load(workdir)
-    task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    example: Batch = {"ids": np.zeros((1, config.data.max_length), np.uint16)}
-    abstract = abstract_params(task, example, mesh)
-    restored = restore_newest_params(pathlib.Path(workdir) / "checkpoints", abstract)
-    if restored is None:
-        raise UserError(f"{workdir}: no checkpoint yet")
-    return restored
 
 
 def initial_params(workdir: str, like: Params, mesh: Mesh) -> Params:
@@ -335,16 +219,3 @@ def evaluate_newest(config: PretrainConfig) -> tuple[PretrainTask, Tokenizer, Re
     task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, corpus)
     step, params = load_params(config.workdir, mesh)
     return task, tokenizer, Record(step, "eval", *make_evaluate(task, mesh)(params))
-
-
-def load(workdir: str | os.PathLike) -> PretrainedModel:
-    """A trained model from the work directory of a run: its newest whole checkpoint and its tokenizer."""
-    config, tokenizer = read_config(workdir), Tokenizer.load(workdir)
-    task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
-    return PretrainedModel(
-        load_params(workdir)[1],
-        tokenizer,
-        task.generator,
-        task.discriminator if task.detects else None,
-        config.data.max_length,  # later positions were never trained
-    )

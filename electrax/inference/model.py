@@ -37,18 +37,20 @@ class Candidate(NamedTuple):
 
 
 class PretrainedModel:
-    """The towers of a pretraining run with their tokenizer. `discriminator` is None after plain masked LM."""
+    """The towers of a pretraining run with their tokenizer. `discriminator` is None after plain masked LM, `generator`
+    where it has two towers; `detects` is false where the discriminator's logits alone say nothing (Electric)."""
 
     def __init__(
         self,
         params: Params,
         tokenizer: Tokenizer,
-        generator: EncoderConfig,
+        generator: EncoderConfig | None,
         discriminator: EncoderConfig | None,
         max_length: int,
+        detects: bool = True,
     ):
         self.params, self.tokenizer, self.max_length = params, tokenizer, max_length
-        self.generator, self.discriminator = generator, discriminator
+        self.generator, self.discriminator, self._detects = generator, discriminator, detects
         self._encode = jax.jit(functools.partial(_encode, discriminator or generator, discriminator is not None))
         self._detect = jax.jit(functools.partial(_detect, discriminator))
         self._fill = jax.jit(functools.partial(_fill, generator))
@@ -75,6 +77,8 @@ class PretrainedModel:
         """Each token of the text with the probability that it was replaced."""
         if self.discriminator is None:
             raise UserError("detect: this model was trained with masked LM alone and has no discriminator")
+        if not self._detects:
+            raise UserError("detect: an Electric discriminator's probabilities need its generator's; use encode")
         ids, offsets = self.tokenizer.encode(text)
         row = self._row(ids)
         scores = np.asarray(self._detect(self.params, self._padded([row]), self.tokenizer.pad_id))[0]
@@ -84,6 +88,8 @@ class PretrainedModel:
 
     def fill(self, text: str, candidates: int = 5) -> list[list[Candidate]]:
         """For each mask token in the text (its name in the vocabulary, as "[MASK]"), the likeliest tokens."""
+        if self.generator is None:
+            raise UserError("fill: a two-tower generator predicts no masked-out tokens")
         ids, _ = self.tokenizer.encode(text, allow_special=True)
         row = self._row(ids)
         slots = np.flatnonzero(np.asarray(row) == self.tokenizer.mask_id)

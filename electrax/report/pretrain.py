@@ -1,30 +1,28 @@
-"""What a person sees of a run: preflight, progress, the final table, marked sentences, and whether it learned."""
+"""What a person sees of a pretraining: preflight, the final table, marked sentences, and whether it learned."""
 
-import dataclasses
-import json
 import math
-import pathlib
-import signal
 import time
 
-import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from electrax.data import prepare as preparing
-from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment import RESULTS_FILE, PretrainConfig, Run, evaluate_newest, set_up
-from electrax.models.flops import peak_flops
+from electrax.experiment.pretrain import PretrainConfig, evaluate_newest, set_up
+from electrax.experiment.run import Run
+from electrax.report.common import (
+    INTERRUPTED,
+    console,
+    show_line,
+    show_machine,
+    show_steps,
+    train_and_track,
+    write_results,
+)
 from electrax.tasks.pretrain import PretrainTask
-from electrax.training.loop import Interrupted, Record
-from electrax.training.optim import learning_rate
-from electrax.training.tracking import Tracker
-
-console = Console()
+from electrax.training.loop import Record
 
 
 class PrepareProgress:
@@ -80,32 +78,11 @@ def show_prepared(out: str, report: preparing.Report) -> None:
 
 def show_preflight(run: Run) -> None:
     """Devices, parameters, tokens and FLOPs of a step, and the loss to expect at first."""
-    devices = jax.devices()
-    sizes = {name: _count(tree) for name, tree in run.state.params.items()}
-    shape = "x".join(str(n) for n in run.mesh.devices.shape)
-    rows = [
-        (
-            "devices",
-            f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data x fsdp x model {shape}",
-        ),
-        (
-            "parameters",
-            ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + f", together {sum(sizes.values()):,}",
-        ),
-        ("data", _describe_data(run)),
-        ("steps", f"{run.start:,} to {run.steps:,}" + (" (continued)" if run.start else "")),
-        ("tokens a step", f"{run.config.batch_size} rows x {run.config.data.max_length} = {run.tokens_per_step:,}"),
-        ("FLOPs a step", f"{run.flops_per_step:.3g} in matrix products ({run.flops_per_step * run.steps:.3g} the run)"),
-    ]
+    show_machine(run)
+    show_line("data", _describe_data(run))
+    show_steps(run, f"{run.config.batch_size} rows x {run.config.data.max_length} = {run.tokens_per_step:,.0f}")
     if run.start == 0 and not run.config.init_from:
-        rows.append(("first loss", expected_first_loss(run)))
-    for name, value in rows:
-        show_line(name, value)
-    console.print("compiling the step …")
-
-
-def show_line(name: str, value: str) -> None:
-    console.print(f"[bold]{name:<14}[/] {value}", highlight=False, soft_wrap=True)
+        show_line("first loss", expected_first_loss(run))
 
 
 def _describe_data(run: Run) -> str:
@@ -113,67 +90,30 @@ def _describe_data(run: Run) -> str:
     return f"{' and '.join(splits.values())} rows, {run.config.data.layout}, vocabulary {run.tokenizer.vocab_size:,}"
 
 
-def _count(tree) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
 def expected_first_loss(run: Run) -> str:
     objective, vocabulary = run.config.objective, run.tokenizer.vocab_size
     value = objective.generator_weight * math.log(vocabulary)
     formula = f"{objective.generator_weight:g} x ln {vocabulary:,}"
-    if run.task.detects:
+    if run.task.electric:  # its logit starts at the log-odds of "chosen" against the generator's even guess
+        p = objective.mask_prob
+        shift = math.log(p / (1 - p)) - math.log(vocabulary)
+        binary = p * math.log1p(math.exp(-shift)) + (1 - p) * math.log1p(math.exp(shift))
+        value += objective.discriminator_weight * binary
+        formula += f" + {objective.discriminator_weight:g} x {binary:.2f}"
+    elif run.task.detects:
         value += objective.discriminator_weight * math.log(2)
         formula += f" + {objective.discriminator_weight:g} x ln 2"
     return f"about {value:.1f} = {formula}"
-
-
-@dataclasses.dataclass
-class StopSignal:
-    """True once SIGTERM or Ctrl-C has come; a second one ends the process at once."""
-
-    asked: bool = False
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        console.print("stopping after this step and saving; once more ends at once, without saving")
-
-    def __call__(self) -> bool:
-        return self.asked
 
 
 def pretrain_and_report(config: PretrainConfig, command: str) -> int:
     """The command `pretrain`: sets up, trains, reports. Returns the exit status."""
     run = set_up(config, PrepareProgress())
     show_preflight(run)
-    run, memory_bytes = run.compiled()
-    show_line("memory a step", f"{memory_bytes / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
-    workdir = pathlib.Path(config.workdir)
-    tracker = Tracker(workdir, run.start, run.steps, _rates(run), console)
-    final: Record | None = None
-    try:
-        with StopSignal() as stop:
-            for record in run.train(stop):
-                tracker.write(record)
-                final = record if record.kind == "eval" else final
-    except Interrupted as stopped:
-        run.checkpoints.close()
-        console.print(f"saved step {stopped.step} in {workdir}; to continue: {command}", soft_wrap=True)
-        return 130
-    finally:
-        tracker.close()
-        run.checkpoints.close()
-    assert final is not None  # the loop always evaluates the last step
-    write_results(workdir, final)
+    final = train_and_track(run, command)
+    if final is None:
+        return INTERRUPTED
+    write_results(run.config.workdir, {"step": final.step, **final.figures})
     show_final(run.task, run.tokenizer, final)
     return 0
 
@@ -185,30 +125,11 @@ def evaluate_and_report(config: PretrainConfig) -> int:
     return 0
 
 
-def _rates(run: Run):
-    peak = peak_flops(jax.devices()[0]) * len(jax.devices())
-
-    def rates(step: int, seconds: float, steps: int) -> dict[str, float]:
-        return {
-            "learning_rate": float(learning_rate(run.config.optimizer, run.steps, step - 1)),
-            "tokens_per_second": steps * run.tokens_per_step / seconds,
-            "mfu": steps * run.flops_per_step / seconds / peak,
-        }
-
-    return rates
-
-
-def write_results(workdir: pathlib.Path, final: Record) -> None:
-    """results.json, last and atomically: its presence says that the run is done."""
-    finite = {name: value if math.isfinite(value) else None for name, value in final.figures.items()}
-    write_atomically(workdir / RESULTS_FILE, json.dumps({"step": final.step, **finite}, indent=1) + "\n")
-
-
 MEANINGS = {
     "loss": "total, as trained",
-    "mlm_loss": "generator: cross entropy at the chosen positions",
+    "mlm_loss": "generator: cross entropy at the predicted positions",
     "unigram_loss": "  the same by token frequency alone",
-    "mlm_accuracy": "generator: right at the chosen positions, the visible ones too",
+    "mlm_accuracy": "generator: right at the predicted positions, the visible ones too",
     "masked_accuracy": "generator: right where the token was masked out",
     "unigram_accuracy": "  the same by always guessing the most frequent token",
     "sampled_accuracy": "generator: samples that are the original token",

@@ -6,17 +6,19 @@ import logging
 import math
 import pathlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
 from electrax.config import UserError
 from electrax.data.corpus import file_sha256
 from electrax.data.shards import write_atomically
 from electrax.tasks.base import Params
+from electrax.training.sharding import params_sharding
 from electrax.training.state import TrainState
 
 log = logging.getLogger("electrax")
@@ -29,10 +31,8 @@ class CheckpointConfig:
     keep: int = 2  # latest ones; the best evaluated one stays beside them
 
     def __post_init__(self):
-        if self.every < 1 or self.keep < 1:
-            raise UserError(
-                f"checkpoint.every and checkpoint.keep must be at least 1, not {self.every} and {self.keep}"
-            )
+        if self.keep < 1:
+            raise UserError(f"checkpoint.keep must be at least 1, not {self.keep}")
 
 
 class Checkpoints:
@@ -64,6 +64,12 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are complete, in order."""
         return sorted(int(p.parent.name) for p in self.directory.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, score) of the best evaluated checkpoint; None where there is none."""
+        scored = {step: _score(self._open().metrics(step) or {"score": None}) for step in self.steps()}
+        step = max(scored, key=lambda step: scored[step], default=None)
+        return None if step is None or scored[step] == -math.inf else (step, scored[step])
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""
@@ -126,22 +132,26 @@ def restore_newest(
     return found and (found[0], TrainState(params=found[1]["params"], **found[1]["optimizer"]))
 
 
-def restore_newest_params(directory: pathlib.Path, abstract: Params) -> tuple[int, Params] | None:
-    """(step, parameters) of the newest whole checkpoint; changes nothing in the directory."""
-    found = _read_newest(directory, {"params": abstract}, lambda path: None)
-    return found and (found[0], found[1]["params"])
+def restore_newest_params(directory: pathlib.Path, mesh: Mesh, latest: int | None = None) -> tuple[int, Params] | None:
+    """(step, parameters) of the newest whole checkpoint, of step `latest` at most, whatever their shapes; changes
+    nothing in the directory."""
+    for path in _newest_whole(directory, lambda path: None, latest):
+        kept = ocp.StandardCheckpointHandler().metadata(path.absolute() / "params").tree
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), kept)
+        tree = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            params_sharding(shapes, mesh),
+        )
+        with ocp.StandardCheckpointer() as reader:
+            return int(path.name), reader.restore(path.absolute() / "params", tree)
+    return None
 
 
 def _read_newest(
     directory: pathlib.Path, items: dict[str, Any], on_damage: Callable[[pathlib.Path], None]
 ) -> tuple[int, dict[str, Any]] | None:
-    paths = [p for p in directory.glob("*") if p.name.isdigit()]
-    for path in sorted(paths, key=lambda p: int(p.name), reverse=True):
-        damage = find_damage(path)
-        if damage is not None:
-            log.warning("%s: %s; an earlier checkpoint is used", path, damage)
-            on_damage(path)
-            continue
+    for path in _newest_whole(directory, on_damage):
         for name, tree in items.items():
             misfit = _misfit(path.absolute() / name, tree)
             if misfit is not None:
@@ -149,6 +159,19 @@ def _read_newest(
         with ocp.StandardCheckpointer() as reader:
             return int(path.name), {name: reader.restore(path.absolute() / name, tree) for name, tree in items.items()}
     return None
+
+
+def _newest_whole(
+    directory: pathlib.Path, on_damage: Callable[[pathlib.Path], None], latest: int | None = None
+) -> Iterator[pathlib.Path]:
+    paths = [p for p in directory.glob("*") if p.name.isdigit() and (latest is None or int(p.name) <= latest)]
+    for path in sorted(paths, key=lambda p: int(p.name), reverse=True):
+        damage = find_damage(path)
+        if damage is None:
+            yield path
+        else:
+            log.warning("%s: %s; an earlier checkpoint is used", path, damage)
+            on_damage(path)
 
 
 def _misfit(path: pathlib.Path, wanted: Any) -> str | None:

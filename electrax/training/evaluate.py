@@ -15,7 +15,7 @@ SEED = 0  # row r of the held-out rows always gets the key fold_in(key(SEED), r)
 
 
 def make_evaluate(task: Task, mesh: Mesh) -> Callable[[Params], tuple[dict[str, float], dict[str, np.ndarray]]]:
-    """A function params -> (figures, arrays by row), deterministic and the same for every batch size and seed."""
+    """A function params -> (figures, arrays in the order of the rows), the same for every batch size and seed."""
 
     def evaluate_batch(params, batch, numbers):
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(SEED), number))(numbers)
@@ -34,11 +34,13 @@ def make_evaluate(task: Task, mesh: Mesh) -> Callable[[Params], tuple[dict[str, 
             metrics, by_row = jax.device_get(compiled(params, placed, jnp.maximum(row, 0)))
             for name, mean in metrics.items():
                 totals[name] = totals.get(name, 0.0) + np.asarray([mean.total, mean.weight], np.float64)
-            kept = jax.device_get(jax.device_put(row, NamedSharding(mesh, P()))) >= 0
-            for name, values in by_row.items():
-                arrays.setdefault(name, []).append(np.asarray(values)[kept])
+            number = jax.device_get(jax.device_put(row, NamedSharding(mesh, P())))
+            for name, values in {"row": number, **by_row}.items():
+                arrays.setdefault(name, []).append(np.asarray(values)[number >= 0])
         means = {name: float(total / weight) if weight else float("nan") for name, (total, weight) in totals.items()}
         joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
+        order = np.argsort(joined.pop("row"))
+        joined = {name: values[order] for name, values in joined.items()}
         return task.summarize(means, joined), joined
 
     return evaluate

@@ -53,23 +53,29 @@ def train(
     eval_every: int,
     save_every: int,
     log_every: int,
+    patience: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Record]:
     """Trains from `state` (whose buffers it takes over) to `steps` updates.
 
     The order of the body is law: evaluate the old state, save it, take the next batch, step, log the steps before. So
     data advances only after saving, the position in the data is the step, and the host never waits for the step it has
-    just started. Raises NonFiniteLoss, or Interrupted once `stop()` is true.
+    just started. After `patience` evaluations without a better score (0: never) training ends. Raises NonFiniteLoss,
+    or Interrupted once `stop()` is true.
     """
     start = int(state.step)
     saved = start if start in checkpoints.steps() else -1
+    best = checkpoints.best() if patience else None
     window = _Window(start)
     for step in range(start, steps + 1):
-        last, stopping, score = step == steps, stop(), None
+        exhausted = best is not None and step - best[0] >= patience * eval_every
+        last, stopping, score = step == steps or exhausted, stop(), None
         if (step > start or last) and (last or step % eval_every == 0) and not stopping:
             yield from window.close(step)
             figures, arrays = evaluate(state.params)
             score = task.score(figures)
+            if patience and (best is None or score > best[1]):
+                best, last = (step, score), step == steps
             yield Record(step, "eval", figures, arrays)
             window.reopen()
         if step > saved and (last or stopping or (step > start and step % save_every == 0)):

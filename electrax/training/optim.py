@@ -1,6 +1,7 @@
 """AdamW, clipping and learning-rate schedules, the reference's and the standard ones (reference: optimization.py)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ class OptimizerConfig:
 
     learning_rate: float = 5e-4
     warmup_steps: float = 10_000
+    warmup_share: float = 0.0  # of all steps, instead of warmup_steps
     # multiplied: lr · (1 - t/T)^p · min(1, t/W) (the reference's); joined: up to W, then down over the T - W left
     schedule: Literal["multiplied", "joined"] = "multiplied"
     power: float = 1.0
@@ -30,10 +32,17 @@ class OptimizerConfig:
     microbatch: int = 0  # rows of a device in one forward-backward pass; 0: chosen for the device
 
     def __post_init__(self):
-        for name in ("learning_rate", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"optimizer.{name} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "microbatch"):
+        if self.epsilon <= 0:
+            raise UserError(f"optimizer.epsilon must be above 0, not {self.epsilon}")
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "warmup_share",
+            "weight_decay",
+            "clip_norm",
+            "layer_decay",
+            "microbatch",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"optimizer.{name} must not be negative, but is {getattr(self, name)}")
 
@@ -41,7 +50,7 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int, t: Int[Array, ""] | int) -> Float[Array, ""]:
     """Of update t = 0, 1, …; the first update of a warm-up has rate 0."""
     t = jnp.asarray(t, jnp.float32)
-    warmup = config.warmup_steps
+    warmup = config.warmup_share * steps or config.warmup_steps
     rise = jnp.minimum(1.0, t / warmup) if warmup else jnp.float32(1.0)
     if config.schedule == "multiplied":
         done = jnp.minimum(t, steps) / steps
@@ -117,8 +126,18 @@ def _layers(tower: dict) -> int:
     return sum(name.startswith("layer_") for name in tower.get("encoder", {}))
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, faithful: bool = False) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, then the learning rate, lower for deeper layers if asked."""
+def make_optimizer(
+    config: OptimizerConfig,
+    steps: int,
+    faithful: bool = False,
+    is_frozen: Callable[[tuple[str, ...]], bool] = lambda path: False,
+) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay, then the learning rate, lower for deeper layers if asked.
+    Parameters whose path `is_frozen` stay as they are."""
+
+    def frozen(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_frozen(tuple(str(k.key) for k in path)), params)
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         scale_by_adam(config),
@@ -127,4 +146,5 @@ def make_optimizer(config: OptimizerConfig, steps: int, faithful: bool = False) 
         ),
         scale_by_layer(config, faithful) if config.layer_decay != 1.0 else optax.identity(),
         optax.scale_by_learning_rate(lambda count: learning_rate(config, steps, count)),
+        optax.masked(optax.set_to_zero(), frozen),
     )

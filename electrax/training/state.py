@@ -1,11 +1,13 @@
 """The training state and the step: one jitted function for every task."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
@@ -105,23 +107,43 @@ def gradients(task: Task, params: Params, prepared: Batch, mesh: Mesh, microbatc
     return total
 
 
+class Step:
+    """(state, batch) -> (state, loss, metrics), compiled once for each shape of batch; the state given is donated."""
+
+    def __init__(self, jitted: Callable, seed: int):
+        self._jitted, self._seed = jitted, np.uint32(seed)
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+
+    def compiled(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._jitted.lower(state, batch, self._seed).compile()
+        return self._compiled[shapes]
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Float[Array, ""], Metrics]:
+        return self.compiled(state, batch)(state, batch, self._seed)
+
+
 def make_step(
     task: Task, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh, microbatch: int, seed: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Float[Array, ""], Metrics]]:
-    """The jitted step (state, batch) -> (state, loss, metrics); the state given is donated.
+) -> Step:
+    """One update of any task; `microbatch` as in `choose_microbatch`.
 
-    Row i of step s gets the key fold_in(fold_in(key(seed), s), i), whatever the devices and micro-batches.
+    Row i of step s gets the key fold_in(fold_in(key(seed), s), i), whatever the devices and micro-batches. The seed is
+    an argument of the compiled function, so that runs that differ in it alone share one compilation.
     """
+    ways, platform = row_ways(mesh), mesh.devices.flat[0].platform
 
-    def step(state: TrainState, batch: Batch):
-        rows = jax.tree.leaves(batch)[0].shape[0]
+    def step(state: TrainState, batch: Batch, seed: jax.Array):
+        rows, *tokens = batch["ids"].shape
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
         prepared = jax.lax.with_sharding_constraint(task.prepare(batch, keys), batch_sharding(mesh))
-        grads, loss, metrics = gradients(task, state.params, prepared, mesh, microbatch)
+        part = choose_microbatch(microbatch, rows // ways, math.prod(tokens), platform)
+        grads, loss, metrics = gradients(task, state.params, prepared, mesh, part)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = metrics | {"gradient_norm": Mean(optax.tree.norm(grads), jnp.ones(()))}
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss, metrics
 
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
+    return Step(jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None)), seed)

@@ -11,7 +11,17 @@ import numpy as np
 from electrax.data.shards import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
-SHOWN = {"loss": "loss", "mlm_loss": "mlm", "rtd_loss": "rtd", "masked_accuracy": "mlm acc", "rtd_accuracy": "rtd acc"}
+SHOWN = {
+    "loss": "loss",
+    "mlm_loss": "mlm",
+    "rtd_loss": "rtd",
+    "masked_accuracy": "mlm acc",
+    "rtd_accuracy": "rtd acc",
+    "accuracy": "accuracy",
+}
+SHOWN_HELD_OUT = {**SHOWN, "rtd_auc": "rtd auc"} | {
+    name: name for name in ("f1", "matthews", "pearson", "spearman", "exact", "micro_f1")
+}
 
 
 class Record(NamedTuple):
@@ -88,8 +98,11 @@ class Tracker:
 def describe(record: Record, figures: dict[str, float]) -> str:
     """A record on one line."""
     if record.kind == "eval":
-        names = {**SHOWN, "rtd_auc": "rtd auc"}
-        parts = [f"{short} {figures['eval_' + name]:.3f}" for name, short in names.items() if "eval_" + name in figures]
+        parts = [
+            f"{short} {figures['eval_' + name]:.3f}"
+            for name, short in SHOWN_HELD_OUT.items()
+            if "eval_" + name in figures
+        ]
         return "held out: " + "  ".join(parts)
     parts = [f"{short} {figures[name]:.3f}" for name, short in SHOWN.items() if name in figures]
     parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")

@@ -62,7 +62,7 @@ def test_defaults_are_the_references():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"learning_rate": 0.0}, {"epsilon": 0.0}, {"weight_decay": -0.1}, {"clip_norm": -1.0}]
+    "wrong", [{"learning_rate": -0.1}, {"epsilon": 0.0}, {"weight_decay": -0.1}, {"clip_norm": -1.0}]
 )
 def test_a_number_out_of_range_is_an_error_that_names_it(wrong):
     with pytest.raises(UserError, match=f"optimizer.{next(iter(wrong))}"):

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from electrax.config import to_toml
+from electrax.config import build, to_toml
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment import PretrainConfig, build, make_task, read_config
+from electrax.experiment.finetune import read_config
+from electrax.experiment.pretrain import PretrainConfig, make_task
 from electrax.training.checkpoint import restore_newest
 from electrax.training.optim import make_optimizer
 from electrax.training.state import abstract_state

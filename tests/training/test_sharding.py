@@ -7,6 +7,8 @@ from jax.sharding import PartitionSpec as P
 
 from electrax.config import UserError
 from electrax.models.sizes import SIZES, GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
+from electrax.tasks.answer import AnswerTask
+from electrax.tasks.classify import ClassifyTask
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
 from electrax.training.optim import OptimizerConfig, make_optimizer
 from electrax.training.sharding import (
@@ -22,15 +24,19 @@ from electrax.training.sharding import (
 from electrax.training.state import abstract_state
 
 
-def make_task(size="small", body="electra", kind="rtd", embeddings="shared", **numbers):
+def make_task(size="small", body="electra", kind="rtd", embeddings="shared", generator_kind="masked", **numbers):
     """Two layers: every further one is named alike."""
     model = ModelConfig(size=size, body=body, qk_norm=body == "modern", **{"layers": 2, **numbers})
     discriminator = discriminator_shape(model, 30522)
     generator = discriminator
     if kind == "rtd":
-        generator = generator_shape(model, GeneratorConfig(embeddings=embeddings), discriminator)
+        options = GeneratorConfig(kind=generator_kind, embeddings=embeddings)
+        generator = generator_shape(model, options, discriminator)
     special, objective = SpecialIds(0, 101, 102, 103), ObjectiveConfig(kind=kind)
-    return PretrainTask(objective, discriminator, generator, special, "packed", embeddings == "shared", batch_size=8)
+    shared = embeddings == "shared"
+    return PretrainTask(
+        objective, discriminator, generator, special, "packed", shared, generator_kind=generator_kind, batch_size=8
+    )
 
 
 def shapes_by_path(task):
@@ -41,14 +47,20 @@ def shapes_by_path(task):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
-KINDS = [("rtd", "shared"), ("rtd", "separate"), ("mlm", "shared")]
+KINDS = [  # objective, embeddings, generator
+    ("rtd", "shared", "masked"),
+    ("rtd", "separate", "masked"),
+    ("rtd", "separate", "two_tower"),
+    ("rtd", "shared", "shared"),
+    ("mlm", "shared", "masked"),
+]
 
 
 @pytest.mark.parametrize("body", ["electra", "modern"])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_parameter_of_every_model_fits_one_row_of_the_table(size, body):
-    for kind, embeddings in KINDS:
-        for path, shape in shapes_by_path(make_task(size, body, kind, embeddings)).items():
+    for kinds in KINDS:
+        for path, shape in shapes_by_path(make_task(size, body, *kinds)).items():
             rows = [spec for pattern, spec in TABLE if re.fullmatch(pattern, path)]
             assert len(rows) == 1, f"{path} fits {len(rows)} rows"
             assert spec_of(path) == rows[0]
@@ -58,6 +70,9 @@ def test_every_parameter_of_every_model_fits_one_row_of_the_table(size, body):
 def test_every_row_of_the_table_is_some_parameter():
     paths = {path for body in ("electra", "modern") for path in shapes_by_path(make_task(body=body))}
     paths |= set(shapes_by_path(make_task("base", embeddings="separate")))
+    encoder = make_task().discriminator
+    paths |= set(shapes_by_path(ClassifyTask(encoder, 0, 102, classes=("0", "1"), style="dense")))
+    paths |= set(shapes_by_path(AnswerTask(encoder, 0, 102)))
     assert [pattern for pattern, _ in TABLE if not any(re.fullmatch(pattern, path) for path in paths)] == []
 
 
@@ -71,6 +86,7 @@ def test_every_row_of_the_table_is_some_parameter():
         ("generator/encoder/layer_0/up/kernel", P("fsdp", "model")),
         ("generator/encoder/layer_0/down/kernel", P("model", "fsdp")),
         ("generator/encoder/layer_0/down/bias", P()),
+        ("generator/backward_encoder/layer_0/down/kernel", P("model", "fsdp")),
         ("discriminator/encoder/layer_3/output_norm/scale", P()),
     ],
 )

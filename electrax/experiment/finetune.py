@@ -1,0 +1,404 @@
+"""A fine-tuning run: its config, the weights it starts from, its rows, its objective."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import Mesh
+
+from electrax.config import UserError, build, read_toml
+from electrax.data.examples import BadRows, Example
+from electrax.data.glue import GLUE
+from electrax.data.shards import write_atomically
+from electrax.data.tokenizer import Tokenizer
+from electrax.experiment.pretrain import PretrainConfig
+from electrax.experiment.rows import (
+    ExamplesConfig,
+    TaskRows,
+    Teacher,
+    answer_rows,
+    classify_rows,
+    read_examples,
+    tag_rows,
+    texts_of,
+)
+from electrax.experiment.run import (
+    CONFIG_FILE,
+    RESULTS_FILE,
+    Run,
+    assemble,
+    keep_config,
+    load_params,
+    mesh_for,
+    own_rows,
+)
+from electrax.inference.classifier import Classifier
+from electrax.inference.reader import Reader
+from electrax.inference.tagger import Tagger
+from electrax.models.flops import encoder_forward
+from electrax.models.heads import HeadStyle
+from electrax.models.sizes import ModelConfig, discriminator_shape
+from electrax.tasks.answer import AnswerTask
+from electrax.tasks.base import Params
+from electrax.tasks.classify import ClassifyTask
+from electrax.tasks.finetune import FinetuneTask
+from electrax.tasks.tag import TagTask
+from electrax.training.checkpoint import CheckpointConfig
+from electrax.training.evaluate import make_evaluate
+from electrax.training.loop import EvalConfig, LogConfig
+from electrax.training.optim import OptimizerConfig
+from electrax.training.sharding import MeshConfig
+from electrax.training.tracking import Record
+
+HEAD_FILE = "head.json"  # what the head's outputs mean
+# the paper's (tables 7 and 8): learning rate, layer-wise decay
+PAPER = {
+    "tiny": (3e-4, 0.8),
+    "small": (3e-4, 0.8),
+    "small++": (3e-4, 0.8),
+    "base": (1e-4, 0.8),
+    "large": (5e-5, 0.9),
+}
+NULL_THRESHOLDS = {"joint": -2.75, "plain": 0.0}  # the reference's, and that of equal scores
+# keys of [model] that belong to the pretrained weights; the others are free in fine-tuning
+SHAPE = ("size", "body", "layers", "width", "heads", "feed_forward", "embedding_width", "max_length", "qk_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """As in pretraining, with fine-tuning's defaults."""
+
+    learning_rate: float = 0.0  # 0: the paper's for the model's size
+    layer_decay: float = 0.0  # 0: the paper's for the model's size
+    warmup_share: float = 0.1
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneEvalConfig(EvalConfig):
+    every: int = 0  # steps; 0: once an epoch
+    patience: int = 0  # evaluations without a better score after which training ends and the best is kept; 0: never
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneCheckpointConfig(CheckpointConfig):
+    every: int = 0  # steps; 0: with each evaluation
+    keep: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """What the head's outputs are; the sizes come from the data."""
+
+    kind: Literal["classes", "labels", "number", "choice"] = "classes"  # one class, several labels, a number, a choice
+    style: HeadStyle = "linear"  # dense: as Transformers' classification head
+    spans: Literal["joint", "plain"] = "joint"  # the paper's head of question answering, or two logits a token
+    no_answer: bool = False  # questions may be without an answer (SQuAD 2.0)
+    null_threshold: float | None = None  # a null score above it means no answer; default: joint -2.75, plain 0
+    max_answer: int = 30  # tokens
+    n_best: int = 20  # answers kept of a question
+    constrained: bool = True  # only tag sequences that the scheme allows
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """Learning from a fine-tuned classifier's probabilities too."""
+
+    path: str = ""  # its work directory
+    weight: float = 0.5  # of its part in the loss
+    temperature: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """A fine-tuning run. Without `init_from` the model of [model] starts from random weights."""
+
+    task: Literal["classify", "tag", "answer"] = "classify"
+    workdir: str = ""  # where everything of the run is kept; a run that is there is continued
+    seed: int = 0  # of the head, data order and dropout
+    seeds: int = 1  # models to train, with seed, seed + 1, …
+    steps: int = 0  # updates; 0: as epochs say
+    epochs: float = 3.0
+    batch_size: int = 32
+    init_from: str = ""  # work directory of a pretraining or a fine-tuning
+    faithful: bool = False  # the reference's way: summed loss, layer-wise decay off by one
+    metric: str = ""  # the score; default: the benchmark's own, or accuracy, f1 (tags, answers), spearman, micro_f1
+    freeze_embeddings: bool = False
+    freeze_layers: int = 0  # from the first on
+    model: ModelConfig = ModelConfig()
+    head: HeadConfig = HeadConfig()
+    data: ExamplesConfig = ExamplesConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    checkpoint: FinetuneCheckpointConfig = FinetuneCheckpointConfig()
+    eval: FinetuneEvalConfig = FinetuneEvalConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if not self.workdir:
+            raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
+        if self.steps <= 0 and self.epochs <= 0:
+            raise UserError(f"steps or epochs must be above 0, not {self.steps} and {self.epochs}")
+        for key, value in {"batch_size": self.batch_size, "seeds": self.seeds, "log.every": self.log.every}.items():
+            if value < 1:
+                raise UserError(f"{key} must be at least 1, not {value}")
+        if not 0 <= self.teacher.weight <= 1 or self.teacher.temperature <= 0:
+            raise UserError("teacher.weight must lie between 0 and 1, and teacher.temperature above 0")
+
+
+AnyConfig = PretrainConfig | FinetuneConfig
+
+
+def read_config(workdir: str | os.PathLike) -> AnyConfig:
+    """The resolved config of a run; raises UserError where the directory holds none."""
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the work directory of an electrax run")
+    values = read_toml(path)
+    return build(PretrainConfig if values.get("task") == "pretrain" else FinetuneConfig, values, str(path))
+
+
+# -- what it starts from -----------------------------------------------------------------------------------------------
+
+
+def resolve(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with the shape of the weights it starts from, and the paper's rates for that size."""
+    model = config.model
+    if config.init_from:
+        pretrained = read_config(config.init_from).model
+        model = dataclasses.replace(model, **{key: getattr(pretrained, key) for key in SHAPE})
+    if config.data.max_length > model.max_length:
+        raise UserError(f"data.max_length {config.data.max_length} is more than the model's {model.max_length}")
+    rate, decay = PAPER[model.size]
+    optimizer = dataclasses.replace(
+        config.optimizer,
+        learning_rate=config.optimizer.learning_rate or rate,
+        layer_decay=config.optimizer.layer_decay or decay,
+    )
+    return dataclasses.replace(config, model=model, optimizer=optimizer)
+
+
+def initial_params(config: FinetuneConfig, head: dict[str, Any], drawn: Params, mesh: Mesh) -> Params:
+    """The drawn weights with those of `init_from` in their place: embeddings and encoder, and the head where that run
+    had the same task and outputs."""
+    params = load_params(config.init_from, mesh)[1]
+    tower = params["discriminator"] if "discriminator" in params else params["generator"]
+    taken = {"embeddings": params["embeddings"], "discriminator": {"encoder": tower["encoder"]}}
+    if (pathlib.Path(config.init_from) / HEAD_FILE).is_file() and same_outputs(read_head(config.init_from), head):
+        taken["head"] = params["head"]
+    return {**drawn, **taken}
+
+
+def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokenizer:
+    """That of the pretrained weights; for random weights the one that `data.tokenizer` names, or a new one for the
+    training texts."""
+    workdir = pathlib.Path(config.workdir)
+    if config.init_from:
+        return Tokenizer.load(config.init_from)
+    if (workdir / CONFIG_FILE).is_file():
+        return Tokenizer.load(workdir)
+    data = config.data
+    if pathlib.Path(data.tokenizer).exists():
+        return Tokenizer.load(data.tokenizer, data.lowercase)
+    return Tokenizer.train(data.tokenizer, texts_of(examples), data.vocab_size, data.lowercase)
+
+
+def teacher_of(config: FinetuneConfig) -> Teacher | None:
+    """The logits of the teacher, as a function of texts."""
+    if not config.teacher.path:
+        return None
+    teacher = load(config.teacher.path)
+    if not isinstance(teacher, Classifier):
+        raise UserError(f"teacher.path {config.teacher.path}: expected the work directory of a classifier")
+    return teacher.logits
+
+
+# -- the objective -----------------------------------------------------------------------------------------------------
+
+
+def make_task(
+    config: FinetuneConfig, tokenizer: Tokenizer, head: dict[str, Any], rows: TaskRows | None
+) -> FinetuneTask:
+    """The objective for a head as `TaskRows.head` describes it. Without rows it can do everything but read batches."""
+    common = {
+        "encoder": discriminator_shape(config.model, tokenizer.vocab_size),
+        "pad_id": tokenizer.pad_id,
+        "sep_id": tokenizer.sep_id,
+        "train": rows and rows.train,
+        "dev": rows and rows.dev,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "faithful": config.faithful,
+        "freeze_embeddings": config.freeze_embeddings,
+        "freeze_layers": config.freeze_layers,
+        "metric": config.metric or head["metric"],
+    }
+    match config.task:
+        case "classify":
+            taught = {"teacher_weight": config.teacher.weight, "teacher_temperature": config.teacher.temperature}
+            return ClassifyTask(
+                **common,
+                kind=config.head.kind,
+                classes=tuple(head["classes"]),
+                scale=head["scale"],
+                style=config.head.style,
+                **(taught if config.teacher.path else {}),
+            )
+        case "tag":
+            return TagTask(
+                **common,
+                tags=tuple(head["classes"]),
+                scheme=head["scheme"],
+                constrained=config.head.constrained,
+                max_length=config.data.max_length,
+            )
+        case "answer":
+            return AnswerTask(
+                **common,
+                style=config.head.spans,
+                no_answer=config.head.no_answer,
+                null_threshold=head["null_threshold"],
+                max_answer=config.head.max_answer,
+                n_best=config.head.n_best,
+                windows=rows and rows.windows,
+            )
+
+
+def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
+    """What `head.json` says of a fine-tuned model's outputs."""
+    path = pathlib.Path(workdir) / HEAD_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path}: missing or damaged; expected the work directory of a fine-tuning") from None
+
+
+def keep_threshold(workdir: str | os.PathLike, threshold: float) -> None:
+    """Stores the null threshold that was best on the dev questions with the model."""
+    head = read_head(workdir) | {"null_threshold": threshold}
+    write_atomically(pathlib.Path(workdir) / HEAD_FILE, json.dumps(head, indent=1) + "\n")
+
+
+def same_outputs(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[key] == b[key] for key in ("task", "kind", "style", "classes"))
+
+
+def make_rows(
+    config: FinetuneConfig,
+    tokenizer: Tokenizer,
+    examples: tuple[list, list, BadRows],
+    known: dict[str, Any] | None = None,
+) -> TaskRows:
+    """The rows of the task; `known` is the head of a model that is only evaluated."""
+    data, size = config.data, config.batch_size
+    match config.task:
+        case "classify":
+            teacher = None if known else teacher_of(config)
+            rows = classify_rows(data, config.head.kind, tokenizer, *examples, size, known, teacher)
+            style = config.head.style
+        case "tag":
+            rows, style = tag_rows(data, tokenizer, *examples, size, known), "linear"
+        case "answer":
+            rows, style = (
+                answer_rows(data, config.head.null_threshold, tokenizer, *examples, size, known),
+                config.head.spans,
+            )
+    head = {"task": config.task, "kind": config.head.kind, "style": style, **rows.head}
+    return dataclasses.replace(rows, head=head)
+
+
+def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
+    """Reads and checks all rows and everything else before step 0."""
+    config = resolve(config)
+    mesh = mesh_for(config)
+    examples = read_examples(config.data)
+    tokenizer = get_tokenizer(config, examples[0])
+    rows = make_rows(config, tokenizer, examples)
+    task = make_task(config, tokenizer, rows.head, rows)
+    keep_config(config, tokenizer, config.init_from or "data.tokenizer")
+    write_atomically(pathlib.Path(config.workdir) / HEAD_FILE, json.dumps(rows.head, indent=1) + "\n")
+    epoch = rows.train.buckets.batches
+    steps = config.steps or max(1, int(epoch * config.epochs))
+    eval_every = config.eval.every or min(epoch, steps)
+    lengths = rows.train.rows.lengths
+    run = assemble(
+        config,
+        task,
+        tokenizer,
+        mesh,
+        example=rows.train.longest(own_rows(config)),
+        steps=steps,
+        flops_per_step=3.0
+        * config.batch_size
+        * float(np.mean([n * encoder_forward(task.encoder, n) for n in lengths])),
+        tokens_per_step=config.batch_size * float(lengths.mean()),
+        eval_every=eval_every,
+        save_every=config.checkpoint.every or eval_every,
+        patience=config.eval.patience,
+        initial=(lambda drawn: initial_params(config, rows.head, drawn, mesh)) if config.init_from else None,
+        is_frozen=task.is_frozen,
+    )
+    return run, rows
+
+
+# -- afterwards --------------------------------------------------------------------------------------------------------
+
+
+def finished(workdir: str | os.PathLike) -> pathlib.Path:
+    """Where the model is: the work directory itself, or of several seeds that of the best one."""
+    workdir = pathlib.Path(workdir)
+    if read_config(workdir).seeds == 1:
+        return workdir
+    try:
+        return workdir / json.loads((workdir / RESULTS_FILE).read_text(encoding="utf-8"))["best"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{workdir}: its seeds are not all trained yet; run its command again") from None
+
+
+def trained(workdir: pathlib.Path, mesh: Mesh | None = None, step: int | None = None) -> tuple[int, Params]:
+    """(step, parameters) of a step, or of the one that the results were measured on: the best, where training was
+    stopped early."""
+    results = workdir / RESULTS_FILE
+    if step is None and results.is_file():
+        step = json.loads(results.read_text(encoding="utf-8"))["step"]
+    return load_params(workdir, mesh, latest=step)
+
+
+def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader":
+    """A fine-tuned model with its tokenizer."""
+    workdir = finished(workdir)
+    config, tokenizer, head = read_config(workdir), Tokenizer.load(workdir), read_head(workdir)
+    task = make_task(config, tokenizer, head, None)
+    params, data = trained(workdir)[1], config.data
+    match config.task:
+        case "classify":
+            return Classifier(params, tokenizer, task, data.max_length)
+        case "tag":
+            return Tagger(params, tokenizer, task, data.max_length)
+        case "answer":
+            return Reader(params, tokenizer, task, data.max_length, data.doc_stride, data.max_query)
+
+
+def text_columns(workdir: str | os.PathLike) -> tuple[str, ...]:
+    """The columns of a table that the model predicts from: those of its training rows."""
+    config = read_config(workdir)
+    if not isinstance(config, FinetuneConfig):
+        raise UserError(f"{workdir}: expected the work directory of a fine-tuning; this is one of a pretraining")
+    if config.task == "answer":
+        return "question", "context"
+    return GLUE[config.data.glue].texts if config.data.format == "glue" else config.data.text
+
+
+def evaluate_trained(config: FinetuneConfig, step: int | None = None) -> tuple[FinetuneTask, TaskRows, Record]:
+    """The trained model of `config.workdir`, or what it was at a step, on the dev rows that `data` names."""
+    workdir, mesh = finished(config.workdir), mesh_for(config)
+    tokenizer, head = Tokenizer.load(workdir), read_head(workdir)
+    rows = make_rows(config, tokenizer, read_examples(config.data, train=False), head)
+    task = make_task(config, tokenizer, head, rows)
+    step, params = trained(workdir, mesh, step)
+    return task, rows, Record(step, "eval", *make_evaluate(task, mesh)(params))

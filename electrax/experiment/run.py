@@ -1,0 +1,178 @@
+"""A training put together: everything the loop needs, made and checked before step 0, for every task."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from electrax.config import UserError, build, read_toml, to_toml
+from electrax.data.shards import write_atomically
+from electrax.data.tokenizer import Tokenizer
+from electrax.tasks.base import Batch, Params, Task
+from electrax.training.checkpoint import Checkpoints, restore_newest_params
+from electrax.training.evaluate import make_evaluate
+from electrax.training.loop import Record, train
+from electrax.training.optim import make_optimizer
+from electrax.training.sharding import MeshConfig, local_rows, make_mesh, put_batch, row_ways
+from electrax.training.state import Step, TrainState, abstract_state, choose_microbatch, fresh_state, make_step
+
+CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
+# keys that may be other ones when a run is resumed
+MAY_CHANGE = {"workdir", "steps", "epochs", "init_from", "checkpoint", "eval", "log", "mesh"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a training needs, made and checked."""
+
+    config: Any
+    task: Task
+    tokenizer: Tokenizer
+    mesh: Mesh
+    microbatch: int
+    steps: int
+    start: int
+    state: TrainState
+    step_function: Step
+    evaluate: Callable[[Params], tuple[dict[str, float], dict[str, np.ndarray]]]
+    checkpoints: Checkpoints
+    flops_per_step: float
+    tokens_per_step: float
+    eval_every: int
+    save_every: int
+    patience: int
+    example: Batch  # of the largest shape
+
+    def memory(self) -> int:
+        """Compiles the step for the largest batch; the bytes of a device that it needs (0: not known)."""
+        step = self.step_function.compiled(self.state, put_batch(self.example, self.mesh))
+        memory = step.memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+
+    def train(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+        return train(
+            self.task,
+            self.state,
+            self.step_function,
+            self.evaluate,
+            self.checkpoints,
+            self.mesh,
+            steps=self.steps,
+            eval_every=self.eval_every,
+            save_every=self.save_every,
+            log_every=self.config.log.every,
+            patience=self.patience,
+            stop=stop,
+        )
+
+
+def assemble(
+    config: Any,
+    task: Task,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    *,
+    example: Batch,
+    steps: int,
+    flops_per_step: float,
+    tokens_per_step: float,
+    eval_every: int,
+    save_every: int,
+    patience: int = 0,
+    initial: Callable[[Params], Params] | None = None,
+    is_frozen: Callable[[tuple[str, ...]], bool] = lambda path: False,
+) -> Run:
+    """Resumes from the newest whole checkpoint of the work directory; otherwise starts fresh, with the weights that
+    `initial` makes of the drawn ones. `example` is a batch of the largest shape."""
+    example = jax.tree.map(np.asarray, example)
+    rows, *tokens = example["ids"].shape
+    microbatch = choose_microbatch(
+        config.optimizer.microbatch, rows // row_ways(mesh), math.prod(tokens), mesh.devices.flat[0].platform
+    )
+    optimizer = make_optimizer(config.optimizer, steps, config.faithful, is_frozen)
+    abstract = abstract_state(task, optimizer, example, mesh)
+    checkpoints = Checkpoints(pathlib.Path(config.workdir) / "checkpoints", config.checkpoint.keep)
+    restored = checkpoints.restore(abstract)
+    start, state = restored or (0, fresh_state(task, optimizer, example, abstract, config.seed))
+    if restored is None and initial is not None:
+        state = state.replace(params=initial(state.params))
+    return Run(
+        config=config,
+        task=task,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        microbatch=microbatch,
+        steps=steps,
+        start=start,
+        state=state,
+        step_function=make_step(task, optimizer, abstract, mesh, config.optimizer.microbatch, config.seed),
+        evaluate=make_evaluate(task, mesh),
+        checkpoints=checkpoints,
+        flops_per_step=flops_per_step,
+        tokens_per_step=tokens_per_step,
+        eval_every=eval_every,
+        save_every=save_every,
+        patience=patience,
+        example=example,
+    )
+
+
+def mesh_for(config: Any) -> Mesh:
+    """The mesh of a config. Raises UserError where the batch does not divide over it."""
+    mesh = make_mesh(config.mesh)
+    ways = row_ways(mesh)
+    if config.batch_size % ways:
+        larger = math.ceil(config.batch_size / ways) * ways
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide over {ways} devices; the next one that does is {larger}"
+        )
+    return mesh
+
+
+def own_rows(config: Any) -> slice:
+    return local_rows(config.batch_size)
+
+
+def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
+    """Writes config.toml and the tokenizer (that of `data`) into the work directory. Raises UserError where
+    checkpoints are kept there of a run that this one does not continue."""
+    workdir = pathlib.Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")):
+        before = read_toml(workdir / CONFIG_FILE)
+        if before.get("task") != config.task:
+            raise UserError(f"{workdir} holds a run of the task {before.get('task')!r}; take another workdir")
+        before = dataclasses.asdict(build(type(config), before, str(workdir / CONFIG_FILE)))
+        for key, old, new in _differences(before, dataclasses.asdict(config)):
+            if key.split(".")[0] not in MAY_CHANGE and key != "optimizer.microbatch":
+                raise UserError(
+                    f"{workdir} holds a run with {key} = {old!r}, now {new!r}; take another workdir for a new run"
+                )
+        if Tokenizer.load(workdir).sha256 != tokenizer.sha256:
+            raise UserError(f"{workdir} holds a run with another tokenizer than that of {data}")
+    tokenizer.save(workdir)
+    write_atomically(workdir / CONFIG_FILE, to_toml(config))
+
+
+def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key, value in now.items():
+        if isinstance(value, dict):
+            yield from _differences(before[key], value, f"{prefix}{key}.")
+        elif before[key] != value:
+            yield prefix + key, before[key], value
+
+
+def load_params(workdir: str | os.PathLike, mesh: Mesh | None = None, latest: int | None = None) -> tuple[int, Params]:
+    """(step, parameters) of the newest whole checkpoint of a run (of step `latest` at most), on a mesh (default: the
+    first device)."""
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    restored = restore_newest_params(pathlib.Path(workdir) / "checkpoints", mesh, latest)
+    if restored is None:
+        raise UserError(f"{workdir}: no checkpoint yet")
+    return restored

@@ -1,0 +1,82 @@
+"""A fine-tuned classifier as an object: texts in, labels with probabilities out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from electrax.config import UserError
+from electrax.data.encoded import encode_pairs
+from electrax.data.tokenizer import Tokenizer
+from electrax.inference.batching import by_length, pad
+from electrax.tasks.base import Params
+from electrax.tasks.classify import ClassifyTask
+
+
+class Classifier:
+    """`predict` takes what one row of the training data had: a text, a pair, or a context with its choices."""
+
+    def __init__(self, params: Params, tokenizer: Tokenizer, task: ClassifyTask, max_length: int):
+        self.params, self.tokenizer, self.task, self.max_length = params, tokenizer, task, max_length
+        # each choice of a question comes as a row of its own
+        self._forward = jax.jit(
+            lambda params, ids: task.logits(params, {"ids": ids[:, None] if task.kind == "choice" else ids})
+        )
+
+    def logits(self, rows: Sequence[tuple[str, ...]]) -> Float[np.ndarray, "N C"]:
+        """The head's outputs for rows of one or two texts; of a pair that is too long the longer text is cut."""
+        ids, _ = encode_pairs(self.tokenizer, rows, self.max_length)
+        out = np.zeros((len(ids), self.task.outputs), np.float32)
+        waiting = []  # one batch runs while the next is put together
+        for numbers, length in by_length([len(row) for row in ids]):
+            batch = pad(ids, numbers, min(length, self.max_length), self.tokenizer.pad_id)
+            waiting.append((numbers, self._forward(self.params, batch)))
+            if len(waiting) > 1:
+                _collect(out, *waiting.pop(0))
+        for numbers, logits in waiting:
+            _collect(out, numbers, logits)
+        return out
+
+    def predict(self, texts: Sequence[str | tuple[str, ...]]) -> list[dict[str, Any]]:
+        """For each row `label` with its `probability` and the `probabilities` of all classes; for a regression
+        `value`; for several labels `labels` and `probabilities`; for a choice its number from 0 as `choice`."""
+        rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        if self.task.kind == "choice":
+            return [self._choose(row) for row in rows]
+        for row in rows:
+            if not 1 <= len(row) <= 2:
+                raise UserError(f"predict: expected a text or a pair of texts, not {len(row)} texts")
+        return [self._describe(row) for row in self.logits(rows).astype(np.float64)]
+
+    def _describe(self, logits: Float[np.ndarray, " C"]) -> dict[str, Any]:
+        if self.task.kind == "number":
+            return {"value": float(logits[0]) * self.task.scale}
+        if self.task.kind == "labels":
+            shares = 1 / (1 + np.exp(-logits))
+            found = [name for name, share in zip(self.task.classes, shares, strict=True) if share > 0.5]
+            return {"labels": found, "probabilities": dict(zip(self.task.classes, shares.tolist(), strict=True))}
+        shares = _softmax(logits)
+        best = int(np.argmax(shares))
+        return {
+            "label": self.task.classes[best],
+            "probability": float(shares[best]),
+            "probabilities": dict(zip(self.task.classes, shares.tolist(), strict=True)),
+        }
+
+    def _choose(self, row: tuple[str, ...]) -> dict[str, Any]:
+        if len(row) < 3:
+            raise UserError(f"predict: expected a context and at least two choices, not {len(row)} texts")
+        shares = _softmax(self.logits([(row[0], choice) for choice in row[1:]])[:, 0].astype(np.float64))
+        best = int(np.argmax(shares))
+        return {"choice": best, "probability": float(shares[best]), "probabilities": shares.tolist()}
+
+
+def _softmax(logits: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def _collect(out: np.ndarray, numbers: np.ndarray, logits: jax.Array) -> None:
+    out[numbers[numbers >= 0]] = np.asarray(logits)[numbers >= 0]

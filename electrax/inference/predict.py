@@ -1,0 +1,109 @@
+"""Lines or rows in, JSON lines out in the same order, as they come."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from electrax.config import UserError
+from electrax.data.examples import BadRow, BadRows, QuestionExample, TextExample
+from electrax.data.squad import read_squad
+from electrax.data.tables import iter_table
+from electrax.inference.classifier import Classifier
+from electrax.inference.reader import Reader
+from electrax.inference.tagger import Tagger
+from electrax.tasks.tags import to_spans
+
+ROWS = 1024  # read and predicted together
+LINES, SQUAD = (".txt", ".txt.gz"), (".json", ".json.gz")
+
+Model = Classifier | Tagger | Reader
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """INPUT is a file with a text a line (.txt, or - for standard input; a tab between the texts of a pair), a table
+    (.csv, .tsv, .jsonl, .parquet), or for a question answerer a SQuAD file (.json)."""
+
+    model: str  # the work directory of a fine-tuning
+    input: str
+    text: tuple[str, ...] = ()  # columns of a table; default: as in training; question and context
+
+
+def predict_lines(model: Model, config: PredictConfig, columns: tuple[str, ...]) -> Iterator[str]:
+    """One JSON object a row, in order. A row that cannot be read gives {"error": …}, and the rest go on. `columns` are
+    those of a table, if the config names none."""
+    predict = _predictor(model)
+    rows = _rows(model, config.input, config.text or columns)
+    while some := list(itertools.islice(rows, ROWS)):
+        found = iter(predict([row for row in some if not isinstance(row, BadRow)]))
+        for row in some:
+            result = {"error": f"{row.where}: {row.message}"} if isinstance(row, BadRow) else next(found)
+            yield json.dumps(result, ensure_ascii=False)
+
+
+def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[TextExample | QuestionExample | BadRow]:
+    if isinstance(model, Reader):
+        if source.endswith(SQUAD):
+            bad = BadRows("error")
+            examples = read_squad(source, bad)
+            bad.close(source)
+            return iter(examples)
+        return (row if isinstance(row, BadRow) else _question(row) for row in iter_table(source, columns))
+    lines = (
+        _standard_input() if source == "-" else iter_table(source, columns[:1] if source.endswith(LINES) else columns)
+    )
+    if len(columns) == 2 and (source == "-" or source.endswith(LINES)):
+        return (row if isinstance(row, BadRow) else _pair(row) for row in lines)
+    return lines
+
+
+def _standard_input() -> Iterator[TextExample | BadRow]:
+    for number, line in enumerate(sys.stdin, 1):
+        text, where = line.rstrip("\r\n"), f"standard input, line {number}"
+        yield (
+            TextExample(where, (text,), None)
+            if text.strip()
+            else BadRow(where, "empty text", "expected text, found none")
+        )
+
+
+def _pair(row: TextExample) -> TextExample | BadRow:
+    texts = tuple(row.texts[0].split("\t"))
+    if len(texts) != 2 or not all(text.strip() for text in texts):
+        return BadRow(row.where, "pair", "expected two texts with a tab between them")
+    return dataclasses.replace(row, texts=texts)
+
+
+def _question(row: TextExample) -> QuestionExample:
+    question, context = row.texts
+    return QuestionExample(row.where, row.id or row.where, question, context, ())
+
+
+def _predictor(model: Model) -> Callable[[Sequence[Any]], Iterable[dict[str, Any]]]:
+    match model:
+        case Classifier():
+            return lambda rows: model.predict([row.texts for row in rows]) if rows else []
+        case Tagger():
+            return lambda rows: _tag(model, [row.texts[0].split() for row in rows]) if rows else []
+        case Reader():
+            return lambda rows: _answer(model, rows)
+    raise UserError("predict: expected a fine-tuned model; a pretrained one can encode, detect and fill from Python")
+
+
+def _tag(model: Tagger, sentences: list[list[str]]) -> Iterator[dict[str, Any]]:
+    for words in model.tag_batch(sentences):
+        result: dict[str, Any] = {
+            name: [getattr(word, name) for word in words] for name in ("word", "tag", "probability")
+        }
+        if model.task.scheme:
+            spans = to_spans([word.tag for word in words])
+            result["entities"] = [span._asdict() for span in spans]
+        yield result
+
+
+def _answer(model: Reader, rows: Sequence[QuestionExample]) -> Iterator[dict[str, Any]]:
+    for id, answer in model.answer_batch((row.id, row.question, row.context) for row in rows):
+        yield {"id": id, **answer._asdict()}

@@ -1,0 +1,82 @@
+"""A fine-tuned model that answers questions from a context."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from electrax.data.examples import QuestionExample
+from electrax.data.tokenizer import Tokenizer
+from electrax.data.windows import Windows, make_windows
+from electrax.inference.batching import by_length
+from electrax.tasks.answer import AnswerTask
+from electrax.tasks.base import Params
+
+QUESTIONS = 64  # answered together
+TOKENS = 2048  # of a batch
+
+
+class Answer(NamedTuple):
+    """`text` is `context[start:end]`; empty, with start and end 0, where the context has no answer.
+
+    `probability`: of the answer among the n best, or that there is none. `null_score`: the higher, the less there is an
+    answer.
+    """
+
+    text: str
+    start: int
+    end: int
+    probability: float
+    null_score: float
+
+
+class Reader:
+    """Long contexts are read in windows, as in training."""
+
+    def __init__(
+        self,
+        params: Params,
+        tokenizer: Tokenizer,
+        task: AnswerTask,
+        max_length: int,
+        doc_stride: int = 128,
+        max_query: int = 64,
+    ):
+        self.params, self.tokenizer, self.task = params, tokenizer, task
+        self.max_length, self.doc_stride, self.max_query = max_length, doc_stride, max_query
+        self._beams = jax.jit(task.beams)
+
+    def answer(self, question: str, context: str) -> Answer:
+        """The answer, as a part of the context."""
+        return next(self.answer_batch([("", question, context)]))[1]
+
+    def answer_batch(self, questions: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, Answer]]:
+        """(id, question, context) -> (id, answer), in order, from an iterable of any length."""
+        questions = iter(questions)
+        while some := list(itertools.islice(questions, QUESTIONS)):
+            examples = [QuestionExample(id, id, question, context, ()) for id, question, context in some]
+            windows = make_windows(self.tokenizer, examples, self.max_length, self.doc_stride, self.max_query)
+            task = dataclasses.replace(self.task, windows=windows)
+            for found in task.predictions(self._arrays(windows)):
+                yield found["id"], self._answer(found)
+
+    def _arrays(self, windows: Windows) -> dict[str, np.ndarray]:
+        """The beams of all windows, in their order."""
+        arrays: dict[str, np.ndarray] = {}
+        for numbers, length in by_length(windows.rows.lengths.tolist(), TOKENS):
+            batch = windows.rows.batch(numbers, min(length, self.max_length), {"ids": self.tokenizer.pad_id})
+            for name, values in jax.device_get(self._beams(self.params, batch["ids"])).items():
+                whole = arrays.setdefault(name, np.zeros((len(windows.rows), *values.shape[1:]), values.dtype))
+                whole[numbers[numbers >= 0]] = values[numbers >= 0]
+        return arrays
+
+    def _answer(self, found: dict) -> Answer:
+        null = found["null_score"]
+        withheld = self.task.no_answer and null > self.task.null_threshold
+        if withheld or not found["text"]:
+            return Answer("", 0, 0, 0.5 + 0.5 * math.tanh(null / 2), null)
+        return Answer(found["text"], found["start"], found["end"], found["n_best"][0]["probability"], null)

@@ -1,0 +1,140 @@
+"""What the reports of all tasks share: the console, the first lines, training with its progress, the results file."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from electrax.data.shards import write_atomically
+from electrax.experiment.run import RESULTS_FILE, Run
+from electrax.models.flops import peak_flops
+from electrax.training.loop import Interrupted, Record
+from electrax.training.optim import learning_rate
+from electrax.training.tracking import Tracker
+
+console = Console()
+INTERRUPTED = 130  # exit status
+
+
+def show_line(name: str, value: str) -> None:
+    console.print(f"[bold]{name:<14}[/] {value}", highlight=False, soft_wrap=True)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """The first column is text, the others stand at the right; figures have four digits."""
+    table = Table()
+    for place, name in enumerate(columns):
+        table.add_column(str(name), justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+    console.print(f"[bold]{title}[/]")
+    console.print(table)
+
+
+def show_machine(run: Run) -> None:
+    """The devices, and the parameters of each part."""
+    devices, sizes = jax.devices(), {name: _count(tree) for name, tree in run.state.params.items()}
+    shape = "x".join(str(n) for n in run.mesh.devices.shape)
+    show_line(
+        "devices",
+        f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data x fsdp x model {shape}",
+    )
+    parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    show_line("parameters", f"{parts}, together {sum(sizes.values()):,}")
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def show_steps(run: Run, tokens: str) -> None:
+    """The steps to go, and what one costs."""
+    flops = f"{run.flops_per_step:.3g} in matrix products ({run.flops_per_step * run.steps:.3g} the run)"
+    show_line("steps", f"{run.start:,} to {run.steps:,}" + (" (continued)" if run.start else ""))
+    show_line("tokens a step", tokens)
+    show_line("FLOPs a step", flops)
+
+
+@dataclasses.dataclass
+class StopSignal:
+    """True once SIGTERM or Ctrl-C has come; a second one ends the process at once."""
+
+    asked: bool = False
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        console.print("stopping after this step and saving; once more ends at once, without saving")
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def train_and_track(run: Run, command: str) -> Record | None:
+    """Trains to the end and returns the last evaluation; None after a stop that saved. `command` continues the run."""
+    console.print("compiling the step …")
+    needed = run.memory()
+    show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
+    workdir = pathlib.Path(run.config.workdir)
+    tracker = Tracker(workdir, run.start, run.steps, _rates(run), console)
+    final: Record | None = None
+    try:
+        with StopSignal() as stop:
+            for record in run.train(stop):
+                tracker.write(record)
+                final = record if record.kind == "eval" else final
+    except Interrupted as stopped:
+        run.checkpoints.close()
+        console.print(f"saved step {stopped.step} in {workdir}; to continue: {command}", soft_wrap=True)
+        return None
+    finally:
+        tracker.close()
+        run.checkpoints.close()
+    assert final is not None  # the loop always evaluates the last step
+    return final
+
+
+def _rates(run: Run):
+    peak = peak_flops(jax.devices()[0]) * len(jax.devices())
+
+    def rates(step: int, seconds: float, steps: int) -> dict[str, float]:
+        return {
+            "learning_rate": float(learning_rate(run.config.optimizer, run.steps, step - 1)),
+            "tokens_per_second": steps * run.tokens_per_step / seconds,
+            "mfu": steps * run.flops_per_step / seconds / peak,
+        }
+
+    return rates
+
+
+def write_results(workdir: str | os.PathLike, results: dict[str, Any]) -> None:
+    """results.json, last and atomically: its presence says that the run is done. What is not finite is null."""
+    write_atomically(pathlib.Path(workdir) / RESULTS_FILE, json.dumps(_finite(results), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value

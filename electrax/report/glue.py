@@ -1,0 +1,50 @@
+"""What a person sees of GLUE as a whole: every task's training, then one table."""
+
+import pathlib
+
+import numpy as np
+
+from electrax.data.glue import GLUE
+from electrax.experiment.glue import GlueConfig, predict_tests, task_configs
+from electrax.report.common import console, show_table, write_results
+from electrax.report.finetune import finetune_and_report, read_results
+
+LEFT_OUT = "wnli"  # of the average, as in the literature
+
+
+def glue_and_report(config: GlueConfig, command: str) -> int:
+    """Trains every task (those that are finished already are not trained again), writes the leaderboard's files and
+    the table. Returns the exit status."""
+    results, files = {}, []
+    for row, task in task_configs(config):
+        console.rule(row)
+        found = read_results(pathlib.Path(task.workdir))
+        if found is None:
+            status = finetune_and_report(task, command)
+            if status:
+                return status
+            found = read_results(pathlib.Path(task.workdir))
+        results[row] = found
+        if row in GLUE:
+            files += predict_tests(config, row, task.workdir)
+    averaged = [row for row in results if row in GLUE and row != LEFT_OUT]
+    average = float(np.mean([results[row]["score"] for row in averaged])) if averaged else None
+    rows = [(_title(row), found["metric"], 100 * found["score"], _spread(found)) for row, found in results.items()]
+    show_table("GLUE dev, median over seeds x 100", ("task", "metric", "score", "std"), rows)
+    if averaged:
+        console.print(f"average of {', '.join(map(_title, averaged))}: {100 * average:.2f}", soft_wrap=True)
+    for path in files:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    keys = ("metric", "score", "scores", "std")
+    kept = {row: {key: found.get(key) for key in keys} for row, found in results.items()}
+    write_results(config.workdir, {"task": "glue", "average": average, "averaged": averaged, "tasks": kept})
+    return 0
+
+
+def _title(row: str) -> str:
+    name, _, rest = row.partition(" ")
+    return f"{GLUE[name].title} {rest}".strip()
+
+
+def _spread(found: dict) -> float | str:
+    return 100 * found["std"] if "std" in found else ""
