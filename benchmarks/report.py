@@ -5,10 +5,14 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "numpy", "tokenizers", "sentencepiece")
@@ -17,6 +21,23 @@ PACKAGES = ("jax", "flax", "optax", "numpy", "tokenizers", "sentencepiece")
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round; they take turns, so that what disturbs one disturbs the other."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, and what a tenth of the values lies below and above."""
+    p10, median, p90 = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
+    return {"median": median, "p10": p10, "p90": p90}
 
 
 def environment(versions: dict[str, str] | None = None) -> dict:

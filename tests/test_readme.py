@@ -45,27 +45,69 @@ def test_set_up_commands_need_only_pip():
     assert lines == ["pip install uv && uv run electrax pretrain tiny", "pip install uv && uv run pytest"]
 
 
-def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(folder, monkeypatch, capsys):
+def table(*rows: tuple[str, ...], separator: str) -> str:
+    return "".join(separator.join(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def labelled(folder):
+    """The files that the README's fine-tuning commands name."""
+    reviews = [(f"a {'good' if i % 2 else 'dull'} film number {i}", "yes" if i % 2 else "no") for i in range(40)]
+    (folder / "reviews.csv").write_text(table(("text", "label"), *reviews, separator=","))
+    (folder / "new.txt").write_text("a good film\na dull film\n")
+    pairs = [(f"is it {i}", f"it is {i}", str(i % 5)) for i in range(40)]
+    (folder / "pairs.tsv").write_text(table(("question", "answer", "stars"), *pairs, separator="\t"))
+    for name, header, rows in (
+        ("CoLA", (), [("a", str(i % 2), "*", f"the cat sat {i}") for i in range(20)]),
+        (
+            "RTE",
+            ("index", "sentence1", "sentence2", "label"),
+            [(str(i), "it rains", f"it pours {i}", "entailment" if i % 2 else "not_entailment") for i in range(20)],
+        ),
+    ):
+        (folder / "glue" / name).mkdir(parents=True)
+        for split in ("train", "dev"):
+            text = table(*([header] if header else []), *rows, separator="\t")
+            (folder / "glue" / name / f"{split}.tsv").write_text(text)
+
+
+def options(name: str, arguments: list[str]) -> list[str]:
+    """What makes a command of the README small."""
+    if name == "pretrain" and "--help" not in arguments:
+        sizes = [] if "data/mine" in arguments else ["--data.vocab_size=120", "--data.max_length=32"]
+        return [*SHRINK, *sizes]
+    if name == "finetune":
+        if arguments[0] == "glue":
+            return ["--epochs=1", "--batch_size=8", "--seeds=2"]
+        sizes = [] if "--init_from" in arguments else ["--model.layers=1", "--model.width=32", "--model.heads=2"]
+        seeds = ["--seeds=2"] if "--seeds" in arguments else []
+        return ["--steps=2", "--batch_size=8", "--data.max_length=32", "--data.shapes=1", *sizes, *seeds]
+    return ["--vocab_size=120"] if name == "prepare" else []
+
+
+def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(folder, labelled, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     ran = []
     for name, *arguments in commands():
         if name == "pytest":
             continue
         assert name == "electrax"
-        trains = arguments[0] == "pretrain" and "--help" not in arguments
-        sizes = ["--data.vocab_size=120", "--data.max_length=32"] if trains and "data/mine" not in arguments else []
-        fewer = ["--vocab_size=120"] if arguments[0] == "prepare" else []
-        assert run([*arguments, *(SHRINK if trains else []), *sizes, *fewer]) == 0
-        ran.append(arguments[0])
-    assert ran == ["pretrain", "pretrain", "pretrain", "evaluate", "prepare", "pretrain"]
+        command, *rest = arguments
+        assert run([command, *rest, *options(command, rest)]) == 0
+        ran.append(command)
+    assert ran.count("finetune") == 5
+    assert {"pretrain", "evaluate", "prepare", "predict"} <= set(ran)
     for file in ("config.toml", "metrics.jsonl", "results.json", "tokenizer.json", "checkpoints/2"):
         assert (folder / "runs" / "mine" / file).exists()
-    assert "held-out rows after step 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "held-out rows after step 2" in out
+    assert "accuracy of 2 seeds" in out
 
     examples = blocks("python")
-    assert len(examples) == 2
+    assert len(examples) == 3
     scope: dict = {}
     for example in examples:
         exec(compile(example, str(README), "exec"), scope)
     assert scope["hidden"].shape[0] == 2
     assert scope["logits"].shape == (1, 6)
+    assert {"yes", "no"} == set(scope["row"]["probabilities"])

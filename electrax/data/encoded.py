@@ -46,6 +46,13 @@ class TokenRows:
     def __len__(self) -> int:
         return (len(self.starts) - 1) // self.group
 
+    def sha256(self) -> str:
+        """Of everything in the rows."""
+        digest = hashlib.sha256(self.starts.tobytes())
+        for name, values in [*sorted(self.tokens.items()), *sorted(self.fields.items())]:
+            digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
     def with_fields(self, **fields: np.ndarray) -> "TokenRows":
         return replace(self, fields={**self.fields, **fields})
 

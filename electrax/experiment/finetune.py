@@ -19,7 +19,6 @@ from electrax.experiment.pretrain import PretrainConfig
 from electrax.experiment.rows import (
     ExamplesConfig,
     TaskRows,
-    Teacher,
     answer_rows,
     classify_rows,
     read_examples,
@@ -170,7 +169,7 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
     """The config with the shape of the weights it starts from, and the paper's rates for that size."""
     model = config.model
     if config.init_from:
-        pretrained = read_config(config.init_from).model
+        pretrained = read_config(start_of(config)).model
         model = dataclasses.replace(model, **{key: getattr(pretrained, key) for key in SHAPE})
     if config.data.max_length > model.max_length:
         raise UserError(f"data.max_length {config.data.max_length} is more than the model's {model.max_length}")
@@ -183,13 +182,21 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
     return dataclasses.replace(config, model=model, optimizer=optimizer)
 
 
+def start_of(config: FinetuneConfig) -> pathlib.Path:
+    """The run whose weights `init_from` names; of a fine-tuning over several seeds the best one."""
+    is_finetuned = isinstance(read_config(config.init_from), FinetuneConfig)
+    return finished(config.init_from) if is_finetuned else pathlib.Path(config.init_from)
+
+
 def initial_params(config: FinetuneConfig, head: dict[str, Any], drawn: Params, mesh: Mesh) -> Params:
     """The drawn weights with those of `init_from` in their place: embeddings and encoder, and the head where that run
     had the same task and outputs."""
-    params = load_params(config.init_from, mesh)[1]
+    start = start_of(config)
+    is_finetuned = (start / HEAD_FILE).is_file()
+    params = (trained if is_finetuned else load_params)(start, mesh)[1]
     tower = params["discriminator"] if "discriminator" in params else params["generator"]
     taken = {"embeddings": params["embeddings"], "discriminator": {"encoder": tower["encoder"]}}
-    if (pathlib.Path(config.init_from) / HEAD_FILE).is_file() and same_outputs(read_head(config.init_from), head):
+    if is_finetuned and same_outputs(read_head(start), head):
         taken["head"] = params["head"]
     return {**drawn, **taken}
 
@@ -199,7 +206,7 @@ def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokeni
     training texts."""
     workdir = pathlib.Path(config.workdir)
     if config.init_from:
-        return Tokenizer.load(config.init_from)
+        return Tokenizer.load(start_of(config))
     if (workdir / CONFIG_FILE).is_file():
         return Tokenizer.load(workdir)
     data = config.data
@@ -208,14 +215,13 @@ def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokeni
     return Tokenizer.train(data.tokenizer, texts_of(examples), data.vocab_size, data.lowercase)
 
 
-def teacher_of(config: FinetuneConfig) -> Teacher | None:
-    """The logits of the teacher, as a function of texts."""
+def teacher_of(config: FinetuneConfig) -> Classifier | None:
     if not config.teacher.path:
         return None
     teacher = load(config.teacher.path)
     if not isinstance(teacher, Classifier):
         raise UserError(f"teacher.path {config.teacher.path}: expected the work directory of a classifier")
-    return teacher.logits
+    return teacher
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------
@@ -224,7 +230,17 @@ def teacher_of(config: FinetuneConfig) -> Teacher | None:
 def make_task(
     config: FinetuneConfig, tokenizer: Tokenizer, head: dict[str, Any], rows: TaskRows | None
 ) -> FinetuneTask:
-    """The objective for a head as `TaskRows.head` describes it. Without rows it can do everything but read batches."""
+    """The objective for a head as `TaskRows.head` describes it. Without rows it can do everything but read batches.
+    Raises UserError for a metric that it does not have."""
+    task = _make_task(config, tokenizer, head, rows)
+    if task.metric not in task.metrics:
+        raise UserError(f"metric {task.metric}: expected one of {', '.join(task.metrics)}")
+    return task
+
+
+def _make_task(
+    config: FinetuneConfig, tokenizer: Tokenizer, head: dict[str, Any], rows: TaskRows | None
+) -> FinetuneTask:
     common = {
         "encoder": discriminator_shape(config.model, tokenizer.vocab_size),
         "pad_id": tokenizer.pad_id,
@@ -278,6 +294,17 @@ def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: missing or damaged; expected the work directory of a fine-tuning") from None
 
 
+def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
+    """Writes head.json. Raises UserError where checkpoints are kept of a run on other rows."""
+    workdir = pathlib.Path(config.workdir)
+    if (workdir / HEAD_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")):
+        if read_head(workdir)["rows"] != head["rows"]:
+            raise UserError(
+                f"{workdir} holds a run on other rows than those of {config.data.path}; take another workdir"
+            )
+    write_atomically(workdir / HEAD_FILE, json.dumps(head, indent=1) + "\n")
+
+
 def keep_threshold(workdir: str | os.PathLike, threshold: float) -> None:
     """Stores the null threshold that was best on the dev questions with the model."""
     head = read_head(workdir) | {"null_threshold": threshold}
@@ -304,11 +331,13 @@ def make_rows(
         case "tag":
             rows, style = tag_rows(data, tokenizer, *examples, size, known), "linear"
         case "answer":
-            rows, style = (
-                answer_rows(data, config.head.null_threshold, tokenizer, *examples, size, known),
-                config.head.spans,
-            )
+            style, threshold = config.head.spans, config.head.null_threshold
+            threshold = NULL_THRESHOLDS[style] if threshold is None else threshold
+            rows = answer_rows(data, threshold, tokenizer, *examples, size, known)
     head = {"task": config.task, "kind": config.head.kind, "style": style, **rows.head}
+    if rows.dev is None or (rows.train is None and not known):
+        raise UserError(f"{data.path}: no row is left to {'evaluate on' if rows.dev is None else 'train on'}")
+    head["rows"] = known["rows"] if known else rows.train.rows.sha256()
     return dataclasses.replace(rows, head=head)
 
 
@@ -321,7 +350,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     rows = make_rows(config, tokenizer, examples)
     task = make_task(config, tokenizer, rows.head, rows)
     keep_config(config, tokenizer, config.init_from or "data.tokenizer")
-    write_atomically(pathlib.Path(config.workdir) / HEAD_FILE, json.dumps(rows.head, indent=1) + "\n")
+    keep_head(config, rows.head)
     epoch = rows.train.buckets.batches
     steps = config.steps or max(1, int(epoch * config.epochs))
     eval_every = config.eval.every or min(epoch, steps)
@@ -335,7 +364,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
         steps=steps,
         flops_per_step=3.0
         * config.batch_size
-        * float(np.mean([n * encoder_forward(task.encoder, n) for n in lengths])),
+        * float(np.mean([n * encoder_forward(task.encoder, n) for n in lengths.tolist()])),
         tokens_per_step=config.batch_size * float(lengths.mean()),
         eval_every=eval_every,
         save_every=config.checkpoint.every or eval_every,

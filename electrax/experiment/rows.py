@@ -2,10 +2,11 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from electrax.config import UserError
 from electrax.data.conll import read_conll, read_conllu
@@ -24,8 +25,9 @@ from electrax.data.glue import GLUE, read_glue
 from electrax.data.squad import read_mrqa, read_squad
 from electrax.data.tables import TFDS_PREFIX, read_table
 from electrax.data.tokenizer import Tokenizer
-from electrax.data.windows import make_windows
+from electrax.data.windows import Windows, make_windows
 from electrax.data.words import encode_words, with_labels, word_padding
+from electrax.inference.classifier import Classifier
 from electrax.tasks.tag import label_words, tag_set
 from electrax.tasks.tags import detect
 
@@ -73,12 +75,11 @@ class ExamplesConfig:
 class TaskRows:
     """The rows of a task, what its head's outputs mean (kept as head.json), and what there is to say about them."""
 
-    train: RowBatches
-    dev: RowBatches
+    train: RowBatches | None  # none of a model that is only evaluated
+    dev: RowBatches | None
     head: dict[str, Any]
     notes: tuple[str, ...]
-    dev_examples: Sequence[Any]
-    windows: Any = None
+    windows: Windows | None = None  # those of dev
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -168,8 +169,6 @@ def texts_of(examples: Sequence[Example]) -> list[str]:
 
 # -- classification ----------------------------------------------------------------------------------------------------
 
-Teacher = Callable[[Sequence[tuple[str, ...]]], np.ndarray]  # texts -> logits
-
 
 def classify_rows(
     config: ExamplesConfig,
@@ -180,7 +179,7 @@ def classify_rows(
     bad: BadRows,
     batch_size: int,
     known: dict[str, Any] | None,
-    teacher: Teacher | None,
+    teacher: Classifier | None,
 ) -> TaskRows:
     """Rows of ids with the field `label`, as ClassifyTask wants them. `known` is the head of a model that is only
     evaluated. Raises UserError for all bad rows at once."""
@@ -207,10 +206,19 @@ def classify_rows(
         cut[name] = int(rows.fields["cut"].sum())
         fields = {"label": _labels(kind, examples, classes, scale)}
         if teacher and name == "train":
-            fields["teacher"] = teacher([e.texts for e in examples]).astype(np.float32)
+            fields["teacher"] = _taught(teacher, examples, classes, scale)
         rows = dataclasses.replace(rows, fields=fields)
         batches[name] = RowBatches.of(rows, batch_size, {"ids": tokenizer.pad_id}, config.shapes)
-    return TaskRows(**batches, head=head, notes=_notes(bad, cut, config), dev_examples=dev)
+    return TaskRows(**batches, head=head, notes=_notes(bad, cut, config))
+
+
+def _taught(
+    teacher: Classifier, examples: list[TextExample], classes: Sequence[str], scale: float
+) -> Float[np.ndarray, "N C"]:
+    """The teacher's logits, or its numbers divided by `scale`."""
+    if teacher.task.classes != tuple(classes):
+        raise UserError("teacher.path: its classes are not those of the rows")
+    return teacher.logits([e.texts for e in examples]) * (teacher.task.scale / scale)
 
 
 def _classes(kind: str, train: list[TextExample]) -> tuple[str, ...]:
@@ -280,11 +288,9 @@ def tag_rows(
     for name, examples in {"train": train, "dev": dev}.items():
         good = [e for e in examples if _has_tags(e, tags, scheme, bad)]
         batches[name] = _tag_batches(config, tokenizer, good, tags, scheme, batch_size) if good else None
-        if name == "dev":
-            dev = good
     bad.close(config.path)
     head = {"classes": list(tags), "scheme": scheme, "metric": "f1" if scheme else "accuracy"}
-    return TaskRows(**batches, head=head, notes=_notes(bad, {}, config), dev_examples=dev)
+    return TaskRows(**batches, head=head, notes=_notes(bad, {}, config))
 
 
 def _has_tags(example: TaggedExample, tags: Sequence[str], scheme: str | None, bad: BadRows) -> bool:
@@ -340,4 +346,4 @@ def answer_rows(
         windows[name] = made
     bad.close(config.path)
     head = {"classes": [], "null_threshold": known["null_threshold"] if known else null_threshold, "metric": "f1"}
-    return TaskRows(**batches, head=head, notes=_notes(bad, {}, config), dev_examples=dev, windows=windows["dev"])
+    return TaskRows(**batches, head=head, notes=_notes(bad, {}, config), windows=windows["dev"])

@@ -42,6 +42,8 @@ class Classifier:
     def predict(self, texts: Sequence[str | tuple[str, ...]]) -> list[dict[str, Any]]:
         """For each row `label` with its `probability` and the `probabilities` of all classes; for a regression
         `value`; for several labels `labels` and `probabilities`; for a choice its number from 0 as `choice`."""
+        if isinstance(texts, str):
+            raise UserError("predict: expected a list of texts, not one text")
         rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
         if self.task.kind == "choice":
             return [self._choose(row) for row in rows]

@@ -10,7 +10,7 @@ import numpy as np
 
 from electrax.config import to_toml
 from electrax.data.shards import write_atomically
-from electrax.experiment.finetune import FinetuneConfig, evaluate_trained, keep_threshold, set_up
+from electrax.experiment.finetune import FinetuneConfig, evaluate_trained, keep_threshold, resolve, set_up
 from electrax.experiment.rows import TaskRows
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run
 from electrax.report.common import (
@@ -34,7 +34,7 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
     if config.seeds == 1:
         results = train_one(config, command)
         return INTERRUPTED if results is None else 0
-    workdir = pathlib.Path(config.workdir)
+    config, workdir = resolve(config), pathlib.Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / CONFIG_FILE, to_toml(config))
     runs: dict[str, dict[str, Any]] = {}

@@ -141,6 +141,10 @@ class AnswerTask(FinetuneTask):
         given = answers.apply_threshold(texts, null, self.null_threshold)
         return means | answers.question_figures(given, golds) | answers.threshold_figures(texts, golds, null)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return "f1", "exact", *(("best_f1", "best_exact") if self.no_answer else ()), "loss"
+
     def diagnose(self, figures: dict[str, float], arrays: dict[str, np.ndarray]) -> list[str]:
         """What did not train, in words; empty where it did."""
         said = []

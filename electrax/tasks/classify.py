@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from electrax.models.heads import HeadStyle, OutputHead
-from electrax.tasks import metrics
+from electrax.tasks import metrics as scorers
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 from electrax.tasks.finetune import FinetuneTask
 
@@ -87,17 +87,27 @@ class ClassifyTask(FinetuneTask):
         logits, label = arrays["logits"], arrays["label"]
         match self.kind:
             case "number":
-                return means | metrics.regression_figures(logits[:, 0] * self.scale, label * self.scale)
+                return means | scorers.regression_figures(logits[:, 0] * self.scale, label * self.scale)
             case "labels":
-                return means | metrics.multilabel_figures(logits > 0, label > 0.5)
-        return means | metrics.classification_figures(np.argmax(logits, -1), label, logits.shape[1])
+                return means | scorers.multilabel_figures(logits > 0, label > 0.5)
+        return means | scorers.classification_figures(np.argmax(logits, -1), label, logits.shape[1])
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        match self.kind:
+            case "number":
+                return "pearson", "spearman", "mse", "loss"
+            case "labels":
+                return "micro_f1", "macro_f1", "samples_f1", "exact_match", "loss"
+        two = ("f1",) if len(self.classes) == 2 else ()
+        return "accuracy", "macro_f1", "matthews", *two, "loss"
 
     def tables(self, arrays: dict[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
         """Precision, recall, F1 and support of each class, and how often each was taken for each."""
         if self.kind != "classes":
             return {}
-        counts = metrics.confusion(np.argmax(arrays["logits"], -1), arrays["label"], len(self.classes))
-        columns = zip(*(column.tolist() for column in metrics.per_class(counts)), strict=True)
+        counts = scorers.confusion(np.argmax(arrays["logits"], -1), arrays["label"], len(self.classes))
+        columns = zip(*(column.tolist() for column in scorers.per_class(counts)), strict=True)
         names = ("precision", "recall", "f1", "support")
         by_class = [{"class": name, **dict(zip(names, row, strict=True))}
                     for name, row in zip(self.classes, columns, strict=True)]  # fmt: skip

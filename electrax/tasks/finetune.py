@@ -1,6 +1,7 @@
 """What the fine-tuning tasks share: the encoder under a head, dropout seeds, weights of rows, and their batches."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from electrax.data.encoded import RowBatches
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.models.masks import padding_mask, segment_ids
 from electrax.tasks.base import Batch, Params
+
+LESS_IS_BETTER = ("loss", "mse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,11 @@ class FinetuneTask:
         seeds = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
         return batch | {"share": share, "dropout_seed": seeds}
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The figures of an evaluation that can be the score."""
+        raise NotImplementedError
+
     def tables(self, arrays: dict[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
         """Tables of an evaluation by their names, such as one row a class."""
         return {}
@@ -92,7 +100,9 @@ class FinetuneTask:
         return []
 
     def score(self, figures: dict[str, float]) -> float:
-        return -figures["loss"] if self.metric == "loss" else figures[self.metric]
+        """A figure that is not a number, as the correlation with a constant, is the worst."""
+        figure = -figures[self.metric] if self.metric in LESS_IS_BETTER else figures[self.metric]
+        return -math.inf if math.isnan(figure) else figure
 
     def train_batch(self, step: int, rows: slice = slice(None)) -> Batch:
         return self.train.train_batch(step, self.seed, rows)

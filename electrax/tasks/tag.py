@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from electrax.config import UserError
 from electrax.data.examples import TaggedExample
 from electrax.models.heads import OutputHead
-from electrax.tasks import metrics
+from electrax.tasks import metrics as scorers
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 from electrax.tasks.finetune import FinetuneTask
 from electrax.tasks.tags import Scheme, constrained_decode, convert, marks_spans, span_figures, transitions_allowed
@@ -97,17 +97,21 @@ class TagTask(FinetuneTask):
     def summarize(self, means: dict[str, float], arrays: dict[str, np.ndarray]) -> dict[str, float]:
         """`accuracy` word by word, and `precision`, `recall` and `f1` of spans where there are some."""
         if not self.scheme:
-            return means | {"accuracy": metrics.accuracy(*_numbers(arrays))}
+            return means | {"accuracy": scorers.accuracy(*_numbers(arrays))}
         figures = span_figures(*self._tagged(arrays))._asdict()
         return means | {name: figures[name] for name in ("precision", "recall", "f1", "accuracy")}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("f1", "precision", "recall", "accuracy", "loss") if self.scheme else ("accuracy", "loss")
 
     def tables(self, arrays: dict[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
         """Precision, recall, F1 and support of every type of span, or of every tag that is predicted or true."""
         if self.scheme:
             by_type = span_figures(*self._tagged(arrays)).by_type
             return {"by_type": [_figures("type", kind, *figures) for kind, figures in by_type.items()]}
-        counts = metrics.confusion(*_numbers(arrays), len(self.tags))
-        columns = zip(*(column.tolist() for column in metrics.per_class(counts)), strict=True)
+        counts = scorers.confusion(*_numbers(arrays), len(self.tags))
+        columns = zip(*(column.tolist() for column in scorers.per_class(counts)), strict=True)
         rows = [_figures("tag", tag, *figures) for tag, figures in zip(self.tags, columns, strict=True)]
         occurs = counts.sum(0) + counts.sum(1) > 0
         return {"by_tag": [row for row, is_there in zip(rows, occurs, strict=True) if is_there]}

@@ -67,9 +67,9 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """(step, score) of the best evaluated checkpoint; None where there is none."""
-        scored = {step: _score(self._open().metrics(step) or {"score": None}) for step in self.steps()}
-        step = max(scored, key=lambda step: scored[step], default=None)
-        return None if step is None or scored[step] == -math.inf else (step, scored[step])
+        kept = {step: self._open().metrics(step) for step in self.steps()}
+        scores = {step: found["score"] for step, found in kept.items() if found and found["score"] is not None}
+        return max(scores.items(), key=lambda scored: scored[1], default=None)
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""

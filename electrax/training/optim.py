@@ -17,7 +17,7 @@ class OptimizerConfig:
     """Defaults are the reference's: Adam without bias correction, ε outside the root, decoupled decay, clipping."""
 
     learning_rate: float = 5e-4
-    warmup_steps: float = 10_000
+    warmup_steps: float = 10_000.0
     warmup_share: float = 0.0  # of all steps, instead of warmup_steps
     # multiplied: lr · (1 - t/T)^p · min(1, t/W) (the reference's); joined: up to W, then down over the T - W left
     schedule: Literal["multiplied", "joined"] = "multiplied"
