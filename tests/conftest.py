@@ -13,6 +13,8 @@ install_import_hook("electrax", "beartype.beartype").__enter__()
 
 CACHE = pathlib.Path(os.environ.get("ELECTRAX_TEST_CACHE", pathlib.Path(__file__).parent.parent / ".jax_cache"))
 
+os.environ["XDG_CACHE_HOME"] = str(CACHE / "xdg")  # tests, and the processes they start, leave the user's cache alone
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))

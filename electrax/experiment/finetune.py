@@ -30,6 +30,7 @@ from electrax.experiment.run import (
     RESULTS_FILE,
     Run,
     assemble,
+    holds_run,
     keep_config,
     load_params,
     mesh_for,
@@ -73,7 +74,8 @@ class FinetuneOptimizerConfig(OptimizerConfig):
 
     learning_rate: float = 0.0  # 0: the paper's for the model's size
     layer_decay: float = 0.0  # 0: the paper's for the model's size
-    warmup_share: float = 0.1
+    warmup_steps: float = 0.0
+    warmup_share: float = 0.1  # of all steps, where warmup_steps is 0
     weight_decay: float = 0.0
 
 
@@ -116,18 +118,18 @@ class TeacherConfig:
 class FinetuneConfig:
     """A fine-tuning run. Without `init_from` the model of [model] starts from random weights."""
 
-    task: Literal["classify", "tag", "answer"] = "classify"
+    task: Literal["classify", "tag", "answer"] = "classify"  # texts, words, or questions on a text
     workdir: str = ""  # where everything of the run is kept; a run that is there is continued
     seed: int = 0  # of the head, data order and dropout
     seeds: int = 1  # models to train, with seed, seed + 1, …
     steps: int = 0  # updates; 0: as epochs say
-    epochs: float = 3.0
-    batch_size: int = 32
+    epochs: float = 3.0  # over the training rows
+    batch_size: int = 32  # rows of a step, over all devices
     init_from: str = ""  # work directory of a pretraining or a fine-tuning
     faithful: bool = False  # the reference's way: summed loss, layer-wise decay off by one
     metric: str = ""  # the score; default: the benchmark's own, or accuracy, f1 (tags, answers), spearman, micro_f1
-    freeze_embeddings: bool = False
-    freeze_layers: int = 0  # from the first on
+    freeze_embeddings: bool = False  # they and their projection stay as they are
+    freeze_layers: int = 0  # so many layers stay as they are, from the first on
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
     data: ExamplesConfig = ExamplesConfig()
@@ -204,11 +206,10 @@ def initial_params(config: FinetuneConfig, head: dict[str, Any], drawn: Params, 
 def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokenizer:
     """That of the pretrained weights; for random weights the one that `data.tokenizer` names, or a new one for the
     training texts."""
-    workdir = pathlib.Path(config.workdir)
     if config.init_from:
         return Tokenizer.load(start_of(config))
-    if (workdir / CONFIG_FILE).is_file():
-        return Tokenizer.load(workdir)
+    if holds_run(config.workdir):
+        return Tokenizer.load(config.workdir)
     data = config.data
     if pathlib.Path(data.tokenizer).exists():
         return Tokenizer.load(data.tokenizer, data.lowercase)
@@ -218,9 +219,14 @@ def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokeni
 def teacher_of(config: FinetuneConfig) -> Classifier | None:
     if not config.teacher.path:
         return None
-    teacher = load(config.teacher.path)
+    is_finetuned = isinstance(read_config(config.teacher.path), FinetuneConfig)
+    teacher = load(config.teacher.path) if is_finetuned else None
     if not isinstance(teacher, Classifier):
         raise UserError(f"teacher.path {config.teacher.path}: expected the work directory of a classifier")
+    if teacher.task.kind != config.head.kind:
+        raise UserError(
+            f"teacher.path {config.teacher.path}: its head.kind is {teacher.task.kind}, not {config.head.kind}"
+        )
     return teacher
 
 
@@ -297,11 +303,8 @@ def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
 def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
     """Writes head.json. Raises UserError where checkpoints are kept of a run on other rows."""
     workdir = pathlib.Path(config.workdir)
-    if (workdir / HEAD_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")):
-        if read_head(workdir)["rows"] != head["rows"]:
-            raise UserError(
-                f"{workdir} holds a run on other rows than those of {config.data.path}; take another workdir"
-            )
+    if holds_run(workdir) and read_head(workdir)["rows"] != head["rows"]:
+        raise UserError(f"{workdir} holds a run on other rows than those of {config.data.path}; take another workdir")
     write_atomically(workdir / HEAD_FILE, json.dumps(head, indent=1) + "\n")
 
 
@@ -332,8 +335,9 @@ def make_rows(
             rows, style = tag_rows(data, tokenizer, *examples, size, known), "linear"
         case "answer":
             style, threshold = config.head.spans, config.head.null_threshold
-            threshold = NULL_THRESHOLDS[style] if threshold is None else threshold
-            rows = answer_rows(data, threshold, tokenizer, *examples, size, known)
+            if threshold is None:
+                threshold = known["null_threshold"] if known else NULL_THRESHOLDS[style]
+            rows = answer_rows(data, threshold, tokenizer, *examples, size)
     head = {"task": config.task, "kind": config.head.kind, "style": style, **rows.head}
     if rows.dev is None or (rows.train is None and not known):
         raise UserError(f"{data.path}: no row is left to {'evaluate on' if rows.dev is None else 'train on'}")

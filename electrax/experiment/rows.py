@@ -20,6 +20,7 @@ from electrax.data.examples import (
     check_labels,
     check_numbers,
     find_classes,
+    short,
 )
 from electrax.data.glue import GLUE, read_glue
 from electrax.data.squad import read_mrqa, read_squad
@@ -67,6 +68,9 @@ class ExamplesConfig:
     def __post_init__(self):
         if self.format == "glue" and self.glue not in GLUE:
             raise UserError(f"data.glue must be one of {', '.join(GLUE)}, not {self.glue!r}")
+        if self.max_length < 8 or self.shapes < 1:
+            found = f"{self.max_length} and {self.shapes}"
+            raise UserError(f"data.max_length must be at least 8 and data.shapes at least 1, not {found}")
         if not 0 < self.holdout < 1:
             raise UserError(f"data.holdout must lie between 0 and 1, not {self.holdout}")
 
@@ -98,11 +102,12 @@ def read_examples(config: ExamplesConfig, train: bool = True) -> tuple[list[Exam
     rows = _read(config, "train", _source(config, "train"), bad) if train or not dev_source else []
     if not dev_source:
         if len(rows) < 2:
+            bad.close(config.path)
             raise UserError(f"{config.path}: one row cannot be divided into rows to train and to evaluate on")
         order = np.random.default_rng(0).permutation(len(rows))
         count = max(1, round(config.holdout * len(rows)))
         dev, rows = [rows[i] for i in sorted(order[:count])], [rows[i] for i in sorted(order[count:])]
-    return rows[: config.limit or None], dev, bad
+    return rows[: config.limit or None] if train else [], dev, bad
 
 
 def _source(config: ExamplesConfig, split: str) -> str | None:
@@ -190,6 +195,8 @@ def classify_rows(
         scale = known["scale"] if known else max((abs(float(e.label)) for e in train), default=1.0) or 1.0
     else:
         classes = tuple(known["classes"]) if known else glue.classes if glue else _classes(kind, train)
+        if kind != "labels":
+            train, dev = _single(train, bad), _single(dev, bad)
         train, dev = check_labels(train, classes, bad), check_labels(dev, classes, bad)
     bad.close(config.path)
     if kind in ("classes", "labels") and len(classes) < 2 and train:
@@ -216,9 +223,20 @@ def _taught(
     teacher: Classifier, examples: list[TextExample], classes: Sequence[str], scale: float
 ) -> Float[np.ndarray, "N C"]:
     """The teacher's logits, or its numbers divided by `scale`."""
+    if teacher.task.kind == "choice":
+        raise UserError("teacher.path: a choice has no teacher; expected a classifier of single texts or pairs")
     if teacher.task.classes != tuple(classes):
         raise UserError("teacher.path: its classes are not those of the rows")
-    return teacher.logits([e.texts for e in examples]) * (teacher.task.scale / scale)
+    logits = teacher.logits(_texts(teacher.task.kind, examples)).reshape(len(examples), -1)
+    return logits * (teacher.task.scale / scale)
+
+
+def _single(examples: list[TextExample], bad: BadRows) -> list[TextExample]:
+    """The examples with one label; the others go to `bad`."""
+    for example in examples:
+        if not isinstance(example.label, str):
+            bad.add(example.where, "label", f'expected one label, found {short(example.label)} (head.kind "labels"?)')
+    return [example for example in examples if isinstance(example.label, str)]
 
 
 def _classes(kind: str, train: list[TextExample]) -> tuple[str, ...]:
@@ -235,10 +253,7 @@ def _metric(glue, kind: str) -> str:
 
 def _encode(tokenizer: Tokenizer, examples: list[TextExample], kind: str, max_length: int) -> TokenRows:
     """With the field `cut`, which says whether a row lost tokens. Tokenised once for the same texts."""
-    if kind == "choice":
-        texts = [(e.texts[0], choice) for e in examples for choice in e.texts[1:]]
-    else:
-        texts = [e.texts for e in examples]
+    texts = _texts(kind, examples)
 
     def build() -> TokenRows:
         ids, cut = encode_pairs(tokenizer, texts, max_length)
@@ -246,6 +261,13 @@ def _encode(tokenizer: Tokenizer, examples: list[TextExample], kind: str, max_le
 
     rows = kept(build, tokenizer.sha256, max_length, texts)
     return dataclasses.replace(rows, group=len(examples[0].texts) - 1) if kind == "choice" else rows
+
+
+def _texts(kind: str, examples: list[TextExample]) -> list[tuple[str, ...]]:
+    """What the encoder reads of the rows: of a choice the context with each of the choices."""
+    if kind == "choice":
+        return [(e.texts[0], choice) for e in examples for choice in e.texts[1:]]
+    return [e.texts for e in examples]
 
 
 def _labels(kind: str, examples: list[TextExample], classes: Sequence[str], scale: float) -> np.ndarray:
@@ -329,7 +351,6 @@ def answer_rows(
     dev: list[QuestionExample],
     bad: BadRows,
     batch_size: int,
-    known: dict[str, Any] | None,
 ) -> TaskRows:
     """Windows with the tokens of their answers, as AnswerTask wants them; otherwise as `classify_rows`."""
     batches, windows = {}, {}
@@ -345,5 +366,5 @@ def answer_rows(
         batches[name] = RowBatches.of(made.rows, batch_size, fill, config.shapes) if len(made.rows) else None
         windows[name] = made
     bad.close(config.path)
-    head = {"classes": [], "null_threshold": known["null_threshold"] if known else null_threshold, "metric": "f1"}
+    head = {"classes": [], "null_threshold": null_threshold, "metric": "f1"}
     return TaskRows(**batches, head=head, notes=_notes(bad, {}, config), windows=windows["dev"])

@@ -1,5 +1,6 @@
 """Matrix-product FLOPs of a model: what the hardware must do, and the paper's way of counting beside it."""
 
+import functools
 import time
 
 import jax
@@ -21,8 +22,9 @@ PEAKS = {
 }
 
 
+@functools.cache
 def peak_flops(device: jax.Device) -> float:
-    """FLOP/s that utilisation is measured against: known by name, else that of a float32 matrix product, timed now."""
+    """FLOP/s that utilisation is measured against: known by name, else that of a float32 matrix product, timed once."""
     for name, peak in PEAKS.items():
         if name in device.device_kind:
             return peak

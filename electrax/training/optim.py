@@ -18,7 +18,7 @@ class OptimizerConfig:
 
     learning_rate: float = 5e-4
     warmup_steps: float = 10_000.0
-    warmup_share: float = 0.0  # of all steps, instead of warmup_steps
+    warmup_share: float = 0.0  # of all steps, where warmup_steps is 0
     # multiplied: lr · (1 - t/T)^p · min(1, t/W) (the reference's); joined: up to W, then down over the T - W left
     schedule: Literal["multiplied", "joined"] = "multiplied"
     power: float = 1.0
@@ -50,7 +50,7 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int, t: Int[Array, ""] | int) -> Float[Array, ""]:
     """Of update t = 0, 1, …; the first update of a warm-up has rate 0."""
     t = jnp.asarray(t, jnp.float32)
-    warmup = config.warmup_share * steps or config.warmup_steps
+    warmup = config.warmup_steps or config.warmup_share * steps
     rise = jnp.minimum(1.0, t / warmup) if warmup else jnp.float32(1.0)
     if config.schedule == "multiplied":
         done = jnp.minimum(t, steps) / steps

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from electrax.config import UserError
-from electrax.training.checkpoint import CheckpointConfig, Checkpoints, find_damage
+from electrax.training.checkpoint import CheckpointConfig, Checkpoints, find_damage, restore_newest_params
+from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.state import TrainState
 
 
@@ -222,6 +223,44 @@ def test_the_step_of_a_damaged_checkpoint_can_be_saved_again_and_spoilt_again(fo
     assert sorted(p.name for p in folder.iterdir()) == ["20.damaged", "20.damaged2"]
 
 
+# -- parameters alone -------------------------------------------------------------------------------------------------
+
+ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def head_at(step):
+    """With names and shapes that the sharding table knows."""
+    params = {"head": {"output": {"kernel": jnp.full((4, 2), float(step)), "bias": jnp.zeros(2)}}}
+    return TrainState(jnp.int32(step), params, optax.adam(1e-3).init(params))
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads")
+    checkpoints = Checkpoints(folder, 10)
+    for step in (10, 20, 30):
+        checkpoints.save(step, head_at(step))
+    checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize(("latest", "step"), [(None, 30), (30, 30), (29, 20), (10, 10)])
+def test_parameters_are_read_without_knowing_their_shapes_up_to_a_step(heads, latest, step):
+    found, params = restore_newest_params(heads, ONE_DEVICE, latest)
+    assert found == step
+    assert_equal(params, head_at(step).params)
+
+
+def test_reading_parameters_leaves_out_a_damaged_checkpoint_and_changes_nothing(heads, tmp_path, caplog):
+    folder = shutil.copytree(heads, tmp_path / "checkpoints")
+    leave_half_written(folder / "30")
+    with caplog.at_level(logging.WARNING, logger="electrax"):
+        assert restore_newest_params(folder, ONE_DEVICE)[0] == 20
+    assert "half-written" in caplog.text and sorted(p.name for p in folder.iterdir()) == ["10", "20", "30"]
+    assert restore_newest_params(folder, ONE_DEVICE, latest=9) is None
+    assert restore_newest_params(tmp_path / "none", ONE_DEVICE) is None
+
+
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +280,44 @@ def test_one_that_was_not_evaluated_is_never_the_best(tmp_path):
 def test_a_later_process_knows_the_best_one(tmp_path):
     write(tmp_path, [1, 2, 3], keep=1, scores=[-2.0, -1.0, -3.0])
     assert write(tmp_path, [4, 5], keep=1, scores=[-4.0, -5.0]).steps() == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([-2.0, -1.0, -3.0], (2, -1.0)),
+        ([-2.0, None, None], (1, -2.0)),
+        ([None, None, None], None),
+        ([0.5, 0.25, 0.5], (1, 0.5)),  # of equal ones the first
+        ([-np.inf, -np.inf, None], (1, -np.inf)),  # evaluated, though as badly as can be
+        ([-np.inf, -9.0, -np.inf], (2, -9.0)),
+    ],
+)
+def test_the_best_step_and_score_are_known_to_any_process(tmp_path, scores, best):
+    written = write(tmp_path, [1, 2, 3], scores=scores)
+    later = Checkpoints(tmp_path, 10)
+    assert written.best() == later.best() == best
+    written.close()
+    later.close()
+
+
+def test_the_worst_score_is_not_kept_for_its_sake(tmp_path):
+    checkpoints = write(tmp_path, [1, 2, 3, 4], keep=1, scores=[-np.inf, -3.0, -np.inf, -4.0])
+    assert checkpoints.steps() == [2, 4]
+
+
+def test_where_nothing_is_saved_nothing_is_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1)
+    assert checkpoints.best() is None
+    checkpoints.close()
+
+
+def test_a_half_written_checkpoint_is_not_the_best(tmp_path):
+    write(tmp_path, [1, 2], scores=[-2.0, -1.0])
+    leave_half_written(tmp_path / "2")
+    checkpoints = Checkpoints(tmp_path, 10)
+    assert checkpoints.best() == (1, -2.0)
+    checkpoints.close()
 
 
 def test_a_newer_best_one_takes_the_place_of_the_old(tmp_path):

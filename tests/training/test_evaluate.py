@@ -59,6 +59,26 @@ def test_every_row_counts_once_in_order_whatever_the_batches_and_devices(batch_s
     assert figures["noise"] == pytest.approx(np.mean(noise), rel=1e-6)
 
 
+class OutOfOrder(Numbers):
+    """Rows in another order, in batches of two lengths."""
+
+    def eval_batches(self, rows):
+        for place, numbers in enumerate([[4, 1], [-1, 0], [2, 3]]):
+            numbers = np.array(numbers)
+            ids = np.repeat(np.maximum(numbers, 0)[:, None], 1 + place % 2, axis=1)
+            yield {"ids": ids, "real": numbers >= 0}, numbers
+
+
+def test_arrays_come_in_the_order_of_the_rows_whatever_the_order_and_length_of_the_batches():
+    params, mesh = {"scale": jnp.float32(2.0)}, mesh_of(1)
+    figures, arrays = make_evaluate(OutOfOrder(5, 2), mesh)(params)
+    expected, plain = make_evaluate(Numbers(5, 2), mesh)(params)
+    assert arrays["id"].tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(arrays["noise"], plain["noise"])
+    assert set(arrays) == {"id", "noise"}
+    assert figures == pytest.approx(expected, nan_ok=True)
+
+
 # -- of a real task ---------------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,14 @@ class Recorded(Checkpoints):
 
     def __init__(self, directory, events, before=()):
         super().__init__(directory, 1)
-        self.events, self.states, self.scores = events, dict.fromkeys(before), {}
+        self.events, self.states, self.scores = events, dict.fromkeys(before), dict(before)
 
     def steps(self):
         return sorted(self.states)
+
+    def best(self):
+        scores = {step: score for step, score in self.scores.items() if score is not None}
+        return max(scores.items(), key=lambda scored: scored[1], default=None)
 
     def save(self, step, state, score=None):
         self.events.append(f"save {int(state.step)}")
@@ -57,8 +61,10 @@ LOSSES = [8.0, 6.0, 1.0, 3.0, 5.0, 4.0, 2.0, 7.0]
 class Fake:
     """A run of the loop with everything around it made up; `events` tells what happened, in order."""
 
-    def __init__(self, tmp_path, start=0, saved=(), losses=LOSSES, norms=None):
+    def __init__(self, tmp_path, start=0, saved=(), losses=LOSSES, norms=None, held_out=None):
         self.events: list[str] = []
+        self.held_out = held_out or {}  # loss by step
+        saved = saved if isinstance(saved, dict) else dict.fromkeys(saved)
         self.checkpoints = Recorded(tmp_path, self.events, saved)
         self.losses, self.norms = losses, norms or [1.0] * len(losses)
         self.start = start
@@ -76,11 +82,11 @@ class Fake:
 
     def evaluate(self, params):
         self.events.append(f"evaluate {int(params['w'])}")
-        return {"loss": float(params["w"]) + 0.5}, {"score": np.zeros(3)}
+        return {"loss": self.held_out.get(int(params["w"]), float(params["w"]) + 0.5)}, {"score": np.zeros(3)}
 
-    def records(self, steps, eval_every=100, save_every=100, log_every=100, stop=lambda: False):
+    def records(self, steps, eval_every=100, save_every=100, log_every=100, patience=0, stop=lambda: False):
         state = TrainState(jnp.int32(self.start), {"w": jnp.float32(self.start)}, ())
-        every = {"eval_every": eval_every, "save_every": save_every, "log_every": log_every}
+        every = {"eval_every": eval_every, "save_every": save_every, "log_every": log_every, "patience": patience}
         task = FakeTask(self.events)
         for record in train(
             task, state, self.step, self.evaluate, self.checkpoints, MESH, steps=steps, stop=stop, **every
@@ -221,3 +227,59 @@ def test_a_started_generator_trains_only_as_far_as_it_is_asked(tmp_path):
     assert fake.events == []
     assert next(records).step == 1
     assert fake.events == ["batch 0", "step 0", "batch 1", "step 1", "log record 1"]
+
+
+# -- early stopping ---------------------------------------------------------------------------------------------------
+
+
+def evaluated(tmp_path, held_out, patience, steps=20, **start):
+    """(steps at which a run was evaluated, its checkpoints); every second step is, and is saved."""
+    fake = Fake(tmp_path, losses=[1.0] * 20, held_out=held_out, **start)
+    records = list(fake.records(steps, eval_every=2, save_every=2, patience=patience))
+    assert [r.kind for r in records[-2:]] == ["eval", "save"]
+    return [record.step for record in records if record.kind == "eval"], fake.checkpoints
+
+
+FALLING = {2: 9.0, 4: 5.0, 6: 7.0, 8: 6.0, 10: 4.0, 12: 8.0, 14: 8.0, 16: 8.0, 18: 8.0, 20: 8.0}
+
+
+@pytest.mark.parametrize(
+    ("patience", "last"),
+    [(1, 6), (2, 8), (3, 16), (4, 18), (5, 20), (0, 20)],  # the best is 4, and from 10 on 10
+)
+def test_training_ends_after_as_many_evaluations_without_a_better_score_as_there_is_patience(tmp_path, patience, last):
+    steps, checkpoints = evaluated(tmp_path, FALLING, patience)
+    assert steps == list(range(2, last + 1, 2))
+    assert checkpoints.steps()[-1] == last and checkpoints.scores[last] == -FALLING[last]
+
+
+def test_an_equal_score_is_not_a_better_one(tmp_path):
+    assert evaluated(tmp_path, dict.fromkeys(range(21), 3.0), 2)[0] == [2, 4, 6]
+
+
+def test_any_score_is_better_than_the_worst_there_is(tmp_path):
+    held_out = {2: float("inf"), 4: float("inf"), 6: 9.0, 8: 9.0, 10: 9.0, 12: 9.0}
+    assert evaluated(tmp_path, held_out, 3)[0] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_better_score_at_the_last_step_does_not_prolong_a_run(tmp_path):
+    assert evaluated(tmp_path, {2: 5.0, 4: 4.0, 6: 3.0}, 1, steps=6)[0] == [2, 4, 6]
+
+
+def test_a_resumed_run_is_as_patient_as_one_that_was_not_stopped(tmp_path):
+    saved = {2: -9.0, 4: -5.0, 6: -7.0}
+    assert evaluated(tmp_path, FALLING, 2, start=6, saved=saved)[0] == [8]
+    assert evaluated(tmp_path, FALLING, 3, start=6, saved=saved)[0] == [8, 10, 12, 14, 16]
+
+
+def test_a_run_that_ended_early_is_evaluated_again_and_not_trained(tmp_path):
+    saved = {2: -9.0, 4: -5.0, 6: -7.0, 8: -6.0}
+    fake = Fake(tmp_path, start=8, saved=saved, held_out=FALLING)
+    assert [(r.kind, r.step) for r in fake.records(20, eval_every=2, save_every=2, patience=2)] == [("eval", 8)]
+    assert fake.events == ["evaluate 8", "eval record 8"]
+
+
+def test_only_evaluations_use_up_the_patience(tmp_path):
+    fake = Fake(tmp_path, losses=[1.0] * 20, held_out={3: 1.0, 6: 2.0, 9: 2.0})
+    records = list(fake.records(20, eval_every=3, save_every=1, patience=2))
+    assert [r.step for r in records if r.kind == "eval"] == [3, 6, 9] and fake.checkpoints.steps()[-1] == 9

@@ -50,6 +50,15 @@ def test_warmup_may_be_a_fraction_of_the_steps():
     assert rates == pytest.approx([0.0, 0.4 * 24 / 25, 0.8 * 23 / 25, 22 / 25])
 
 
+@pytest.mark.parametrize("schedule", ["multiplied", "joined"])
+def test_a_share_of_the_steps_takes_the_place_of_the_warmup_steps(schedule):
+    shared = OptimizerConfig(warmup_share=0.1, warmup_steps=0.0, schedule=schedule)
+    counted = OptimizerConfig(warmup_steps=2.5, schedule=schedule)
+    for t in range(26):
+        assert float(learning_rate(shared, 25, t)) == pytest.approx(float(learning_rate(counted, 25, t)), rel=1e-6)
+    assert OptimizerConfig().warmup_share == 0.0
+
+
 def test_without_warmup_the_first_update_has_the_full_rate():
     assert float(learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=0.0), 10, 0)) == 1.0
 
@@ -62,7 +71,17 @@ def test_defaults_are_the_references():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"learning_rate": -0.1}, {"epsilon": 0.0}, {"weight_decay": -0.1}, {"clip_norm": -1.0}]
+    "wrong",
+    [
+        {"learning_rate": -0.1},
+        {"epsilon": 0.0},
+        {"warmup_steps": -1.0},
+        {"warmup_share": -0.1},
+        {"weight_decay": -0.1},
+        {"clip_norm": -1.0},
+        {"layer_decay": -0.8},
+        {"microbatch": -1},
+    ],
 )
 def test_a_number_out_of_range_is_an_error_that_names_it(wrong):
     with pytest.raises(UserError, match=f"optimizer.{next(iter(wrong))}"):
@@ -308,3 +327,49 @@ def test_layer_decay_scales_each_parameters_update_by_its_depth():
     assert ratio["discriminator"]["encoder"]["layer_0"]["kernel"] == pytest.approx(0.25)
     assert ratio["discriminator"]["encoder"]["layer_1"]["kernel"] == pytest.approx(0.5)
     assert ratio["discriminator"]["head"]["kernel"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("faithful", "top", "first", "embeddings"),
+    [(True, 0.64, 0.8**13, 0.8**14), (False, 0.8, 0.8**12, 0.8**13)],  # the embeddings' .8^14 is .044
+    ids=["the reference's", "without its offset"],
+)
+def test_layer_decay_in_fine_tuning_leaves_the_new_head_its_whole_rate(faithful, top, first, embeddings):
+    layers = {f"layer_{i}": {"up": {"kernel": jnp.ones(2)}} for i in range(12)}
+    params = {
+        "embeddings": {"word": jnp.ones(2), "norm": {"scale": jnp.ones(2)}},
+        "discriminator": {"encoder": {"embeddings_project": {"kernel": jnp.ones(2)}, **layers}},
+        "head": {"output": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}},
+    }
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0.0, weight_decay=0.0, layer_decay=0.8)
+    optimizer = make_optimizer(config, 10, faithful)
+    updates = jax.jit(lambda p: optimizer.update(jax.tree.map(lambda x: 0.3 * x, p), optimizer.init(p), p)[0])(params)
+    whole = float(updates["head"]["output"]["kernel"][0])
+    assert float(updates["head"]["output"]["bias"][0]) == whole < -0.1
+    ratio = jax.tree.map(lambda update: float(update[0]) / whole, updates)
+    encoder = ratio["discriminator"]["encoder"]
+    assert encoder["layer_11"]["up"]["kernel"] == pytest.approx(top)
+    assert encoder["layer_0"]["up"]["kernel"] == pytest.approx(first)
+    assert encoder["embeddings_project"]["kernel"] == pytest.approx(embeddings)
+    assert jax.tree.leaves(ratio["embeddings"]) == pytest.approx([embeddings] * 2)
+
+
+# -- frozen parameters ------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_stay_to_the_bit_and_the_others_move_as_ever():
+    grads = gradients(3, 0.01)  # below the clipping norm
+    config = OptimizerConfig(learning_rate=0.02, warmup_steps=0.0)
+    asked = set()
+
+    def is_frozen(path):
+        asked.add(path)
+        return path[0] == "attention_norm" or path == ("kernel",)
+
+    found = run(make_optimizer(config, 10, is_frozen=is_frozen), grads)
+    free = run(make_optimizer(config, 10), grads)
+    assert asked == {("kernel",), ("bias",), ("attention_norm", "scale")}
+    np.testing.assert_array_equal(found["kernel"], PARAMS["kernel"])  # no weight decay either
+    np.testing.assert_array_equal(found["attention_norm"]["scale"], PARAMS["attention_norm"]["scale"])
+    np.testing.assert_array_equal(found["bias"], free["bias"])
+    assert (np.asarray(free["kernel"]) != PARAMS["kernel"]).all()

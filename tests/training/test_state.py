@@ -1,13 +1,16 @@
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from electrax.config import UserError
+from electrax.tasks.base import Mean
 from electrax.tasks.pretrain import PretrainTask
 from electrax.training.sharding import put_batch
-from electrax.training.state import choose_microbatch, split_rows
+from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step, split_rows
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,83 @@ def test_the_second_step_compiles_and_traces_nothing(tiny, caplog):
     assert compiled(1) == []
     assert compiled(2) == []
     assert len(traces) == first
+
+
+class Noisy:
+    """The loss of a row is the sum of its ids and a number drawn for it; batches may have any length."""
+
+    batch_size = 8
+
+    def __init__(self):
+        self.traced = 0
+
+    def init(self, key, batch):
+        return {"head": {"bias": jnp.zeros(1)}}
+
+    def prepare(self, batch, keys):
+        return batch | {"noise": jax.vmap(jax.random.uniform)(keys)}
+
+    def loss(self, params, prepared):
+        self.traced += 1
+        values = prepared["ids"].sum(tuple(range(1, prepared["ids"].ndim))) + prepared["noise"]
+        return jnp.sum(values) * (1 + params["head"]["bias"][0]), {"mean": Mean.of(values, jnp.ones(len(values)))}
+
+    def evaluate(self, params, prepared): ...
+    def summarize(self, means, arrays): ...
+    def score(self, figures): ...
+    def train_batch(self, step, rows): ...
+    def eval_batches(self, rows): ...
+
+
+def start_noisy(mesh, seed=0, microbatch=8):
+    task, optimizer = Noisy(), optax.sgd(0.0)
+    example = {"ids": np.zeros((8, 4), np.int32)}
+    abstract = abstract_state(task, optimizer, example, mesh)
+    state = fresh_state(task, optimizer, example, abstract, seed)
+    return task, state, make_step(task, optimizer, abstract, mesh, microbatch, seed)
+
+
+def test_a_step_is_compiled_once_for_each_shape_of_batch(tiny):
+    mesh = tiny.mesh()
+    task, state, step = start_noisy(mesh)
+    shapes = [(8, 4), (8, 6), (8, 4), (8, 3, 4), (8, 6)]
+    for number, shape in enumerate(shapes):
+        batch = put_batch({"ids": np.full(shape, number + 1, np.int32)}, mesh)
+        state, loss, _ = step(state, batch)
+        total = (number + 1) * np.prod(shape)
+        assert total < float(loss) < total + 8
+    assert task.traced == 3 and int(state.step) == 5
+
+
+def test_a_compiled_step_is_the_one_that_runs(tiny):
+    mesh = tiny.mesh()
+    task, state, step = start_noisy(mesh)
+    batch = put_batch({"ids": np.ones((8, 4), np.int32)}, mesh)
+    assert step.compiled(state, batch) is step.compiled(state, batch)
+    step(state, batch)
+    assert task.traced == 1
+
+
+def test_runs_that_differ_in_their_seed_alone_share_one_compiled_program(tiny):
+    mesh = tiny.mesh()
+    batch = put_batch({"ids": np.ones((8, 4), np.int32)}, mesh)
+    programs, losses = [], []
+    for seed in (0, 123_456):
+        _, state, step = start_noisy(mesh, seed)
+        programs.append(step.compiled(state, batch).as_text())
+        losses.append(float(step(state, batch)[1]))
+    assert programs[0] == programs[1] and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(("devices", "microbatch"), [(1, 8), (2, 2), (1, 0)])
+def test_the_key_of_a_row_comes_from_seed_step_and_row(tiny, devices, microbatch):
+    mesh = tiny.mesh(devices)
+    _, state, step = start_noisy(mesh, 7, microbatch)
+    for number in range(2):
+        state, loss, _ = step(state, put_batch({"ids": np.zeros((8, 4), np.int32)}, mesh))
+        key = jax.random.fold_in(jax.random.key(7), number)
+        noise = [float(jax.random.uniform(jax.random.fold_in(key, row))) for row in range(8)]
+        assert float(loss) == pytest.approx(sum(noise), rel=1e-6)
 
 
 def test_the_state_given_is_donated(tiny):

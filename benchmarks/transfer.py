@@ -1,0 +1,84 @@
+"""What a pretrained encoder is worth: fine-tuned from it and from random weights of the same architecture, over seeds.
+
+    python -m benchmarks.transfer --init_from runs/hour --glue ../shared/data/glue --wnut17 ../shared/data/ner/wnut17
+
+The same tokenizer, rows, order, steps and learning rates on both sides. Results are written after each task, and a task
+that is finished in --workdir is not trained again.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+
+from benchmarks.report import environment, write
+from electrax.config import find_config, load
+from electrax.experiment.finetune import SHAPE, FinetuneConfig, read_config
+from electrax.report.common import show_table
+from electrax.report.finetune import finetune_and_report, read_results
+
+TASKS = ("sst2", "cola", "mrpc", "stsb", "wnut17")
+
+
+def configs(arguments: argparse.Namespace, name: str) -> dict[str, FinetuneConfig]:
+    """The two runs of a task."""
+    task = load(FinetuneConfig, find_config(name, "finetune"))
+    pretrained = read_config(arguments.init_from)
+    shape = {key: getattr(pretrained.model, key) for key in SHAPE}
+    common = dataclasses.replace(
+        task,
+        seeds=arguments.seeds,
+        epochs=arguments.epochs or task.epochs,
+        data=dataclasses.replace(
+            task.data,
+            path=arguments.wnut17 if name == "wnut17" else arguments.glue,
+            limit=arguments.limit,
+            tokenizer=arguments.init_from,
+        ),
+    )
+    workdir = pathlib.Path(arguments.workdir) / name
+    return {
+        "pretrained": dataclasses.replace(common, workdir=str(workdir / "pretrained"), init_from=arguments.init_from),
+        "random": dataclasses.replace(
+            common, workdir=str(workdir / "random"), model=dataclasses.replace(task.model, **shape)
+        ),
+    }
+
+
+def measure(config: FinetuneConfig) -> dict:
+    """Metric, scores, mean and standard deviation of one side of a task."""
+    workdir = pathlib.Path(config.workdir)
+    if read_results(workdir) is None and finetune_and_report(config, "the same command"):
+        raise SystemExit("stopped; the same command continues")
+    results = read_results(workdir)
+    return {key: results.get(key) for key in ("metric", "scores", "mean", "std", "failed")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init_from", required=True, help="work directory of a pretraining")
+    parser.add_argument("--glue", default="../shared/data/glue")
+    parser.add_argument("--wnut17", default="../shared/data/ner/wnut17")
+    parser.add_argument("--workdir", default="runs/transfer")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=0.0, help="0: as the task's config says")
+    parser.add_argument("--limit", type=int, default=0, help="training rows; 0: all")
+    arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error("--seeds must be at least 2")
+    results: dict = environment() | {"tasks": {}}
+    for name in arguments.tasks:
+        results["tasks"][name] = {start: measure(config) for start, config in configs(arguments, name).items()}
+        write("transfer.json", results)
+    rows = []
+    for name, sides in results["tasks"].items():
+        pretrained, random = sides["pretrained"], sides["random"]
+        gain = statistics.mean(pretrained["scores"]) - statistics.mean(random["scores"])
+        shown = [f"{side['mean']:.3f} ± {side['std']:.3f}" for side in (pretrained, random)]
+        rows.append((name, pretrained["metric"], *shown, gain))
+    show_table("dev scores, mean ± standard deviation", ("task", "metric", "pretrained", "random", "gain"), rows)
+
+
+if __name__ == "__main__":
+    main()
