@@ -200,6 +200,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     from electrax.experiment.saved import load
     from electrax.inference.predict import predict_lines
 
-    for line in predict_lines(load(config.model), config, text_columns(config.model)):
-        print(line)
+    columns = text_columns(config.model)
+    for line in predict_lines(load(config.model), config, columns):
+        print(line, flush=True)
     return 0

@@ -135,7 +135,8 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
         return None if absent else _convert(next(iter(typing.get_args(hint))), value, origin, key)
     choices = typing.get_args(hint) if kind is Literal else ()
     if isinstance(value, Word):
-        value = str(value) if hint is str or value in choices else _parse_value(value)
+        is_text = hint is str or value in choices or (kind is tuple and not value.startswith("["))
+        value = str(value) if is_text else _parse_value(value)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{origin}: {key} is a section; set one of its keys, as in --{key}.NAME value")

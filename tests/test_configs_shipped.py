@@ -1,16 +1,36 @@
 """Every TOML file under configs/ is a runnable experiment that is what its header says."""
 
 import functools
+import json
 import math
 import pathlib
 import re
+import shlex
 
 import jax
 import numpy as np
 import pytest
 
-from electrax.config import load
+from electrax.config import find_config, load
+from electrax.data.glue import GLUE
+from electrax.experiment.finetune import FinetuneConfig
+from electrax.experiment.glue import GlueConfig
 from electrax.experiment.pretrain import PretrainConfig, make_task
+from tests.fixtures.finetuning import (
+    GLUE_FILES,
+    NOUNS,
+    QUESTIONS,
+    QUICK,
+    REVIEWS,
+    call,
+    make_pretrained,
+    metrics_of,
+    results_of,
+    squad,
+    write,
+    write_glue,
+    write_rows,
+)
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 PRETRAIN = sorted(CONFIGS.glob("pretrain/*.toml"))
@@ -65,3 +85,138 @@ def test_a_shipped_config_has_the_parameters_its_header_states(path):
         decimals = len(digits.partition(".")[2])
         possible = {round(size / 1e6, decimals) for size in real} if millions else real
         assert float(digits) in possible, f"{digits}{millions} is none of {sorted(real)}"
+
+
+# -- fine-tuning -------------------------------------------------------------------------------------------------------
+
+FINETUNE = sorted(CONFIGS.glob("finetune/*.toml"))
+ONE_TASK = [path for path in FINETUNE if path.stem != "glue"]
+SCORES = {
+    "accuracy": "accuracy",
+    "Matthews correlation": "matthews",
+    "Spearman correlation": "spearman",
+    "F1": "f1",
+    "F1 of entities": "f1",
+    "F1 of phrases": "f1",
+}
+# columns of CoNLL's files: word, other columns, tag
+SENTENCES = [[(noun, tag), ("sat", "O"), ("on", "O"), ("red", other), ("house", f"I-{other[2:]}")]
+             for noun in NOUNS for tag, other in (("B-NP", "B-VP"), ("B-VP", "B-NP"))]  # fmt: skip
+
+
+def sentences(between, spans="", start=""):
+    """Sentences with a word a line; `spans` are the names of the two kinds of span."""
+    text = start
+    for sentence in SENTENCES:
+        for word, tag in sentence:
+            for kind, name in zip(("NP", "VP"), spans or ("NP", "VP"), strict=True):
+                tag = tag.replace(kind, name)
+            text += f"{word}{between}{tag}\n"
+        text += "\n"
+    return text
+
+
+def conllu():
+    lines = []
+    for number, sentence in enumerate(SENTENCES):
+        lines.append(f"# sent_id = {number}")
+        lines += [f"{i}\t{word}\t{word}\t{'NOUN' if i == 1 else 'VERB'}\tX\t_\t0\troot\t_\t_"
+                  for i, (word, _) in enumerate(sentence, 1)]  # fmt: skip
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+def mrqa():
+    lines = ['{"header": {"dataset": "a", "split": "train"}}']
+    for id, question, context, answer in QUESTIONS[:8]:
+        span = [context.index(answer), context.index(answer) + len(answer) - 1]
+        detected = [{"text": answer, "char_spans": [span], "token_spans": [[0, 0]]}]
+        qa = {"qid": id, "question": question, "answers": [answer], "detected_answers": detected}
+        lines.append(json.dumps({"id": "", "context": context, "qas": [qa]}))
+    return "\n".join(lines) + "\n"
+
+
+def miniature(name, folder):
+    """Writes a few rows in the format of the benchmark's own files; the words that name them."""
+    unanswerable = [(id + "n", "who sat", context, "") for id, _, context, _ in QUESTIONS[:4]]
+    files = {
+        "chunk": {"train.txt": sentences(" DT ")},
+        "conll2003": {name: sentences(" NN I-NP ", ("PER", "LOC"), "-DOCSTART- -X- O O\n\n")
+                      for name in ("eng.train", "eng.testa")},
+        "wnut17": {name: sentences("\t", ("person", "location"))
+                   for name in ("wnut17train.conll", "emerging.dev.conll")},
+        "upos": {f"en_ewt-ud-{split}.conllu": conllu() for split in ("train", "dev")},
+        "squad1": {f"{split}-v1.1.json": squad(QUESTIONS[:8]) for split in ("train", "dev")},
+        "squad2": {f"{split}-v2.0.json": squad(QUESTIONS[:4] + unanswerable) for split in ("train", "dev")},
+        "mrqa": {"a.jsonl": mrqa(), "b.jsonl": mrqa()},
+    }  # fmt: skip
+    if name == "csv":
+        return ["--data.path", write_rows(folder / "reviews.csv", REVIEWS)]
+    if name in GLUE_FILES:
+        write_glue(folder, name, ("train", "dev_matched" if name == "mnli" else "dev"))
+    for file, text in files.get(name, {}).items():
+        write(folder / file, text)
+    more = ["--data.train", "a.jsonl", "--data.dev", "b.jsonl"] if name == "mrqa" else []
+    return ["--data.path", folder, *more]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return make_pretrained(tmp_path_factory.mktemp("pretraining") / "run")
+
+
+def commands(path):
+    """The commands in the header, as words."""
+    return [shlex.split(line)[2:] for line in header(path).splitlines() if line.startswith("electrax finetune ")]
+
+
+def test_there_is_a_config_for_every_task_of_glue():
+    assert set(GLUE_FILES) == set(GLUE) == set(GlueConfig(path="any").tasks)
+    assert set(GLUE_FILES) < {path.stem for path in FINETUNE}
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+def test_the_commands_in_a_header_of_fine_tuning_are_valid(path):
+    assert commands(path)
+    assert all("--data.path" in words or "--path" in words for words in commands(path))
+    for name, *words in commands(path):
+        assert find_config(name, "finetune") == path
+        load(GlueConfig if name == "glue" else FinetuneConfig, path, words)
+
+
+@pytest.mark.parametrize("path", [path for path in ONE_TASK if path.stem in GLUE], ids=lambda path: path.stem)
+def test_a_config_of_glue_has_the_classes_and_orders_of_its_task(path):
+    config, task = load(FinetuneConfig, path), GLUE[path.stem]
+    assert (config.data.format, config.data.glue) == ("glue", path.stem)
+    assert config.head.kind == ("classes" if task.classes else "number")
+    assert config.data.both_orders == task.both_orders
+
+
+@pytest.mark.parametrize("path", ONE_TASK, ids=lambda path: path.stem)
+def test_a_shipped_config_trains_on_a_miniature_of_its_data(path, pretrained, tmp_path):
+    words = miniature(path.stem, tmp_path / "data")
+    start = ["--model.layers=1", "--model.width=16", "--model.heads=2"] if path.stem == "csv" else []
+    start = start or ["--init_from", pretrained]
+    status, output = call("finetune", path.stem, *words, "--workdir", tmp_path / "run", *start, *QUICK)
+    assert status == 0
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"config.toml", "head.json", "metrics.jsonl", "results.json", "tokenizer.json", "checkpoints"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    config, results = load(FinetuneConfig, tmp_path / "run" / "config.toml"), results_of(tmp_path / "run")
+    assert {"task", "metric", "score", "scores", "metrics", "step", "failed"} <= results.keys()
+    assert (results["task"], results["step"]) == (config.task, 3)
+    assert results["scores"] == [results["score"]] == [results["metrics"][results["metric"]]]
+    assert isinstance(results["failed"], list)
+    score = re.search(r"Score: (.+?)(\.|;| on )", header(path))
+    assert results["metric"] == (SCORES[score[1]] if score else "accuracy")
+    assert f"{results['metric']} {results['score']:.4f}" in output
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "eval_loss" in line][-1] == 3
+    assert [file.parent.name for file in (tmp_path / "run").glob("checkpoints/*/checksums.json")] == ["3"]
+    head = json.loads((tmp_path / "run" / "head.json").read_text())
+    spans = {"chunk": ("NP", "VP"), "conll2003": ("LOC", "PER"), "wnut17": ("location", "person")}.get(path.stem, ())
+    expected = {
+        "classify": sorted(GLUE[path.stem].classes) if path.stem in GLUE else ["no", "yes"],
+        "tag": sorted(["O", *(f"{place}-{kind}" for place in "BIES" for kind in spans)]) if spans else ["NOUN", "VERB"],
+        "answer": [],
+    }  # fmt: skip
+    assert head["classes"] == expected[config.task]

@@ -111,10 +111,8 @@ class LengthBuckets:
         self.batches = -(-len(lengths) // batch_size)  # an epoch
         order = np.argsort(lengths, kind="stable")
         ends = np.minimum((np.arange(len(lengths)) // batch_size + 1) * batch_size, len(lengths))
-        needed = np.empty_like(
-            lengths
-        )  # by each row's batch, were rows in order of length; so buckets hold whole batches
-        needed[order] = lengths[order[ends - 1]]
+        needed = np.empty_like(lengths)  # by the batch of each row, were all in order of length:
+        needed[order] = lengths[order[ends - 1]]  # so buckets hold whole batches
         for count in range(1, most + 1):
             self.buckets = bucket_lengths(needed, count)
             self._bucket = np.searchsorted(self.buckets, needed)

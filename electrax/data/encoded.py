@@ -53,6 +53,9 @@ class TokenRows:
             digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
+    def without(self, field: str) -> "TokenRows":
+        return replace(self, fields={name: a for name, a in self.fields.items() if name != field})
+
     def with_fields(self, **fields: np.ndarray) -> "TokenRows":
         return replace(self, fields={**self.fields, **fields})
 

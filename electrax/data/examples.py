@@ -143,17 +143,22 @@ def read_lines(path: str | os.PathLike) -> Iterator[Line]:
 
     A missing, unreadable or truncated file is a UserError; a NUL byte, broken UTF-8 and an over-long line are faults.
     """
-    number = 0
     with open_binary(path) as file:
-        while data := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
-                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
-                    pass
-                fault = Fault("long line", f"expected a line of at most {MAX_LINE_BYTES >> 20} MiB")
-                yield Line(number, "\n", fault)
-                continue
-            yield Line(number, *_decoded(data, "utf-8-sig" if number == 1 else "utf-8"))
+        yield from decode_lines(file)
+
+
+def decode_lines(file: io.IOBase) -> Iterator[Line]:
+    """The lines of an open file, as `read_lines` gives them."""
+    number = 0
+    while data := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
+            while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+                pass
+            fault = Fault("long line", f"expected a line of at most {MAX_LINE_BYTES >> 20} MiB")
+            yield Line(number, "\n", fault)
+            continue
+        yield Line(number, *_decoded(data, "utf-8-sig" if number == 1 else "utf-8"))
 
 
 def _decoded(data: bytes, codec: str) -> tuple[str, Fault | None]:

@@ -144,7 +144,7 @@ def _missing(name: str, names: Sequence[str]) -> str:
 
 
 def _csv_records(path: str, columns: list[str], delimiter: str) -> Records:
-    rows = _cells(path, delimiter)
+    rows = _tab_cells(path) if delimiter == "\t" else _cells(path, delimiter)
     width, places = 0, {}
     if all(name.isdigit() for name in columns):
         places = {name: int(name) for name in columns}
@@ -176,6 +176,19 @@ def _places(path: str, columns: list[str], header: list[str], delimiter: str) ->
             hint = f" (cells here are told apart by {DELIMITERS[delimiter]}; these by {others[0]}?)" if others else ""
             raise UserError(f"{path}: {_missing(name, header)}{hint if len(header) == 1 else ''}")
     return {name: header.index(name) for name in columns}
+
+
+def _tab_cells(path: str) -> Iterator[tuple[int, int, list[str] | Fault]]:
+    """As `_cells`, a row a line: a quotation mark in a cell is only that, unless the whole cell is quoted."""
+    for line in read_lines(path):
+        text = line.text.rstrip("\r\n")
+        if line.fault or text:
+            yield line.number, line.number, line.fault or [_unquoted(cell) for cell in text.split("\t")]
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1].replace('""', "")
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner else cell
 
 
 def _cells(path: str, delimiter: str) -> Iterator[tuple[int, int, list[str] | Fault]]:

@@ -49,7 +49,7 @@ from electrax.tasks.finetune import FinetuneTask
 from electrax.tasks.tag import TagTask
 from electrax.training.checkpoint import CheckpointConfig
 from electrax.training.evaluate import make_evaluate
-from electrax.training.loop import EvalConfig, LogConfig
+from electrax.training.loop import LogConfig
 from electrax.training.optim import OptimizerConfig
 from electrax.training.sharding import MeshConfig
 from electrax.training.tracking import Record
@@ -76,11 +76,11 @@ class FinetuneOptimizerConfig(OptimizerConfig):
     layer_decay: float = 0.0  # 0: the paper's for the model's size
     warmup_steps: float = 0.0
     warmup_share: float = 0.1  # of all steps, where warmup_steps is 0
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # the paper's; faithful makes it the reference's 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneEvalConfig(EvalConfig):
+class FinetuneEvalConfig:
     every: int = 0  # steps; 0: once an epoch
     patience: int = 0  # evaluations without a better score after which training ends and the best is kept; 0: never
 
@@ -88,7 +88,7 @@ class FinetuneEvalConfig(EvalConfig):
 @dataclasses.dataclass(frozen=True)
 class FinetuneCheckpointConfig(CheckpointConfig):
     every: int = 0  # steps; 0: with each evaluation
-    keep: int = 1
+    keep: int = 2  # latest ones; the best evaluated one stays beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,13 @@ class FinetuneConfig:
         for key, value in {"batch_size": self.batch_size, "seeds": self.seeds, "log.every": self.log.every}.items():
             if value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
+        if self.task == "classify" and self.data.format == "table":
+            texts, choice = len(self.data.text), self.head.kind == "choice"
+            if (texts < 3) if choice else texts not in (1, 2):
+                expected = "a context and two choices or more" if choice else "one column, or two of a pair"
+                raise UserError(f"data.text names {texts} columns; expected {expected}")
+        if self.task != "classify" and (self.teacher.path or self.head.style != "linear"):
+            raise UserError(f"teacher.path and head.style are for the task classify, not {self.task}")
         if not 0 <= self.teacher.weight <= 1 or self.teacher.temperature <= 0:
             raise UserError("teacher.weight must lie between 0 and 1, and teacher.temperature above 0")
 
@@ -180,6 +187,7 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
         config.optimizer,
         learning_rate=config.optimizer.learning_rate or rate,
         layer_decay=config.optimizer.layer_decay or decay,
+        weight_decay=config.optimizer.weight_decay or (0.01 if config.faithful else 0.0),
     )
     return dataclasses.replace(config, model=model, optimizer=optimizer)
 
@@ -198,7 +206,7 @@ def initial_params(config: FinetuneConfig, head: dict[str, Any], drawn: Params, 
     params = (trained if is_finetuned else load_params)(start, mesh)[1]
     tower = params["discriminator"] if "discriminator" in params else params["generator"]
     taken = {"embeddings": params["embeddings"], "discriminator": {"encoder": tower["encoder"]}}
-    if is_finetuned and same_outputs(read_head(start), head):
+    if takes_head(start, head):
         taken["head"] = params["head"]
     return {**drawn, **taken}
 
@@ -341,7 +349,7 @@ def make_rows(
     head = {"task": config.task, "kind": config.head.kind, "style": style, **rows.head}
     if rows.dev is None or (rows.train is None and not known):
         raise UserError(f"{data.path}: no row is left to {'evaluate on' if rows.dev is None else 'train on'}")
-    head["rows"] = known["rows"] if known else rows.train.rows.sha256()
+    head["rows"] = known["rows"] if known else rows.train.rows.without("teacher").sha256()
     return dataclasses.replace(rows, head=head)
 
 
@@ -349,7 +357,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     """Reads and checks all rows and everything else before step 0."""
     config = resolve(config)
     mesh = mesh_for(config)
-    examples = read_examples(config.data)
+    examples = read_examples(config.data, config.head.kind)
     tokenizer = get_tokenizer(config, examples[0])
     rows = make_rows(config, tokenizer, examples)
     task = make_task(config, tokenizer, rows.head, rows)
@@ -358,6 +366,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     epoch = rows.train.buckets.batches
     steps = config.steps or max(1, int(epoch * config.epochs))
     eval_every = config.eval.every or min(epoch, steps)
+    every = eval_every if config.eval.patience else config.checkpoint.every or eval_every  # the best one must be kept
     lengths = rows.train.rows.lengths
     run = assemble(
         config,
@@ -371,12 +380,30 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
         * float(np.mean([n * encoder_forward(task.encoder, n) for n in lengths.tolist()])),
         tokens_per_step=config.batch_size * float(lengths.mean()),
         eval_every=eval_every,
-        save_every=config.checkpoint.every or eval_every,
+        save_every=every,
         patience=config.eval.patience,
         initial=(lambda drawn: initial_params(config, rows.head, drawn, mesh)) if config.init_from else None,
         is_frozen=task.is_frozen,
     )
-    return run, rows
+    return run, dataclasses.replace(rows, notes=(*rows.notes, *_start_notes(config, rows.head)))
+
+
+def _start_notes(config: FinetuneConfig, head: dict[str, Any]) -> list[str]:
+    """What the weights that a run starts from do not make plain."""
+    if not config.init_from:
+        return []
+    start, notes = start_of(config), []
+    if takes_head(start, head):
+        notes.append(f"the head too is taken from {start}, whose outputs are the same")
+    trained_length = read_config(start).data.max_length
+    if config.data.max_length > trained_length:
+        notes.append(f"the weights were trained on rows of {trained_length} tokens; later positions are new to them")
+    return notes
+
+
+def takes_head(start: pathlib.Path, head: dict[str, Any]) -> bool:
+    """Whether a run starts with the head of the one it takes its weights from."""
+    return (start / HEAD_FILE).is_file() and same_outputs(read_head(start), head)
 
 
 # -- afterwards --------------------------------------------------------------------------------------------------------
@@ -431,7 +458,9 @@ def evaluate_trained(config: FinetuneConfig, step: int | None = None) -> tuple[F
     """The trained model of `config.workdir`, or what it was at a step, on the dev rows that `data` names."""
     workdir, mesh = finished(config.workdir), mesh_for(config)
     tokenizer, head = Tokenizer.load(workdir), read_head(workdir)
-    rows = make_rows(config, tokenizer, read_examples(config.data, train=False), head)
+    whole = config.data.path != read_config(workdir).data.path
+    examples = read_examples(config.data, config.head.kind, train=False, whole=whole)
+    rows = make_rows(config, tokenizer, examples, head)
     task = make_task(config, tokenizer, head, rows)
     step, params = trained(workdir, mesh, step)
     return task, rows, Record(step, "eval", *make_evaluate(task, mesh)(params))

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from electrax.config import UserError, find_config, load
-from electrax.data.examples import BadRows
+from electrax.data.examples import BadRows, check_labels
 from electrax.data.glue import GLUE, find_file, read_glue, write_leaderboard
 from electrax.experiment import finetune
 from electrax.experiment.finetune import FinetuneConfig
+from electrax.experiment.rows import read_examples
 
 AFTER_MNLI = ("rte", "mrpc", "stsb")  # small tasks that learn more from a model trained on MNLI first
 UNLABELLED = ("test", "test_mismatched", "diagnostic")
@@ -29,6 +30,7 @@ class GlueConfig:
     epochs: float = 0.0  # 0: as each task's config says
     batch_size: int = 32
     faithful: bool = False
+    on_bad_row: Literal["", "error", "skip"] = ""  # as each task's config says; report all of them and end; leave out
     mnli_first: bool = False  # RTE, MRPC and STS-B once more from the best MNLI model, reported apart
 
     def __post_init__(self):
@@ -42,12 +44,18 @@ class GlueConfig:
 
 
 def task_configs(config: GlueConfig) -> Iterator[tuple[str, FinetuneConfig]]:
-    """(row of the table, config) of every training. Raises UserError first where files are missing."""
-    missing = [GLUE[name].title for name in config.tasks if not _is_there(config.path, name)]
+    """(row of the table, config) of every training. Raises UserError first where files are missing or have bad rows."""
+    missing = [
+        GLUE[name].title
+        for name in config.tasks
+        if not all(_has(config.path, name, split) for split in ("train", "dev"))
+    ]
     if missing:
         left = ", ".join(f'"{name}"' for name in config.tasks if GLUE[name].title not in missing)
         named = ", ".join(missing)
         raise UserError(f"{config.path}: no training or dev file of {named}; for the others: --tasks '[{left}]'")
+    for name in config.tasks:
+        check_rows(config, name)
     after = [name for name in config.tasks if config.mnli_first and name in AFTER_MNLI]
     for name in config.tasks:
         yield name, _config(config, name, name, config.init_from)
@@ -56,11 +64,18 @@ def task_configs(config: GlueConfig) -> Iterator[tuple[str, FinetuneConfig]]:
         yield f"{name} after mnli", _config(config, name, f"{name}-after-mnli", start)
 
 
-def _is_there(path: str, name: str) -> bool:
-    try:
-        return all(find_file(path, GLUE[name], split).is_file() for split in ("train", "dev"))
-    except UserError:
-        return False
+def check_rows(config: GlueConfig, name: str) -> None:
+    """Raises UserError for the bad rows of a task's training, dev and test files."""
+    data = _config(config, name, name, config.init_from).data
+    train, dev, bad = read_examples(data, "classes")
+    if GLUE[name].classes:
+        check_labels([*train, *dev], GLUE[name].classes, bad)
+    bad.close(config.path)
+    for split in UNLABELLED:
+        if _has(config.path, name, split):
+            bad = BadRows("error")
+            read_glue(config.path, GLUE[name], split, bad)
+            bad.close(config.path)
 
 
 def _config(config: GlueConfig, name: str, folder: str, init_from: str) -> FinetuneConfig:
@@ -74,14 +89,14 @@ def _config(config: GlueConfig, name: str, folder: str, init_from: str) -> Finet
         epochs=config.epochs or task.epochs,
         batch_size=config.batch_size,
         faithful=config.faithful,
-        data=dataclasses.replace(task.data, path=config.path),
+        data=dataclasses.replace(task.data, path=config.path, on_bad_row=config.on_bad_row or task.data.on_bad_row),
     )
 
 
 def predict_tests(config: GlueConfig, name: str, workdir: str) -> list[pathlib.Path]:
     """Writes the leaderboard's file of every unlabelled split that is there, with the best model's predictions."""
     task, written = GLUE[name], []
-    splits = [split for split in UNLABELLED if split in task.splits and _has(config.path, name, split)]
+    splits = [split for split in UNLABELLED if _has(config.path, name, split)]
     model = finetune.load(workdir) if splits else None
     for split in splits:
         bad = BadRows("error")

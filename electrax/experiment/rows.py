@@ -30,11 +30,11 @@ from electrax.data.windows import Windows, make_windows
 from electrax.data.words import encode_words, with_labels, word_padding
 from electrax.inference.classifier import Classifier
 from electrax.tasks.tag import label_words, tag_set
-from electrax.tasks.tags import detect
+from electrax.tasks.tags import most_fitting
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPRESSED = ("", ".gz", ".xz", ".zst")
-NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation", "test")}  # of tables in a folder
+NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation")}  # of tables in a folder
 TFDS_SPLITS = {"train": "train", "dev": "validation"}
 
 
@@ -43,12 +43,13 @@ class ExamplesConfig:
     """Where the labelled rows come from, and how they become tokens."""
 
     path: str = ""  # a folder with a benchmark's own files, a file of one's own, or tfds:NAME
+    tfds_dir: str = ""  # where prepared datasets lie; default: ~/tensorflow_datasets
     format: Literal["table", "glue", "squad", "mrqa", "conll", "conllu"] = "table"
     glue: str = ""  # which task of GLUE
     train: str = ""  # file within path (a split of tfds); default: the file that path names, or train.csv and the like
     dev: str = ""  # the same of the rows to evaluate on; none: a share of train's
     holdout: float = 0.1  # that share
-    limit: int = 0  # training rows to use; 0: all
+    limit: int = 0  # training rows to use, drawn evenly; 0: all
     on_bad_row: Literal["error", "skip"] = "error"  # report all of them and end, or leave them out and count
     text: tuple[str, ...] = ("text",)  # columns: one, two for a pair, or the context and each choice
     label: str = "label"  # column
@@ -89,10 +90,13 @@ class TaskRows:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_examples(config: ExamplesConfig, train: bool = True) -> tuple[list[Example], list[Example], BadRows]:
+def read_examples(
+    config: ExamplesConfig, kind: str = "classes", train: bool = True, whole: bool = False
+) -> tuple[list[Example], list[Example], BadRows]:
     """(training examples, dev examples, bad rows), all of them read; without `train` only the dev examples.
 
-    Where no dev file is named or found, the same `holdout` of the training rows is kept apart in every run.
+    Where no dev file is named or found, the same `holdout` of the training rows is kept apart in every run, or with
+    `whole` all rows of the file are dev examples. `kind` is that of the head.
     """
     if not config.path:
         raise UserError("data.path is empty; it names a folder with the benchmark's files, a file, or tfds:NAME")
@@ -104,10 +108,42 @@ def read_examples(config: ExamplesConfig, train: bool = True) -> tuple[list[Exam
         if len(rows) < 2:
             bad.close(config.path)
             raise UserError(f"{config.path}: one row cannot be divided into rows to train and to evaluate on")
-        order = np.random.default_rng(0).permutation(len(rows))
-        count = max(1, round(config.holdout * len(rows)))
-        dev, rows = [rows[i] for i in sorted(order[:count])], [rows[i] for i in sorted(order[count:])]
-    return rows[: config.limit or None] if train else [], dev, bad
+        rows, dev = ([], rows) if whole else hold_out(rows, config.holdout, kind)
+    if not train:
+        return [], dev, bad
+    chosen = np.random.default_rng(0).permutation(len(rows))[: config.limit or None]
+    return [rows[i] for i in sorted(chosen)], dev, bad
+
+
+def hold_out(rows: list[Example], share: float, kind: str) -> tuple[list[Example], list[Example]]:
+    """(training rows, dev rows), at random but the same ones every time. Questions on one context stay together, and a
+    row whose label no training row has is trained on, unless the labels are numbers."""
+    groups: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(row.context if isinstance(row, QuestionExample) else place, []).append(place)
+    dev: set[int] = set()
+    shuffled = list(groups.values())
+    for number in np.random.default_rng(0).permutation(len(shuffled)):
+        if len(dev) >= max(1, round(share * len(rows))):
+            break
+        dev.update(shuffled[number])
+    known = {label for place, row in enumerate(rows) if place not in dev for label in _labels_of(row)}
+    if kind != "number":
+        dev = {place for place in dev if known.issuperset(_labels_of(rows[place]))} or dev
+    places = range(len(rows))
+    return [rows[i] for i in places if i not in dev], [rows[i] for i in places if i in dev]
+
+
+def _labels_of(row: Example) -> tuple[str, ...]:
+    """What must have been seen in training to be said."""
+    match row:
+        case TextExample(label=str(label)):
+            return (label,)
+        case TextExample(label=tuple(labels)):
+            return labels
+        case TaggedExample(tags=tuple(tags)):
+            return tags
+    return ()
 
 
 def _source(config: ExamplesConfig, split: str) -> str | None:
@@ -155,7 +191,7 @@ def _read(config: ExamplesConfig, split: str, source: str, bad: BadRows) -> list
             return read_conll(source, bad, config.word_column, config.tag_column)
         case "conllu":
             return read_conllu(source, bad, config.tag)
-    return read_table(source, config.text, config.label, bad, config.label_separator)
+    return read_table(source, config.text, config.label, bad, config.label_separator, tfds_dir=config.tfds_dir or None)
 
 
 def texts_of(examples: Sequence[Example]) -> list[str]:
@@ -192,7 +228,8 @@ def classify_rows(
     classes, scale = (), 1.0
     if kind == "number":
         train, dev = check_numbers(train, bad), check_numbers(dev, bad)
-        scale = known["scale"] if known else max((abs(float(e.label)) for e in train), default=1.0) or 1.0
+        most = 5.0 if glue else max((abs(float(e.label)) for e in train), default=1.0)  # STS-B's grades end at 5
+        scale = known["scale"] if known else most or 1.0
     else:
         classes = tuple(known["classes"]) if known else glue.classes if glue else _classes(kind, train)
         if kind != "labels":
@@ -223,8 +260,6 @@ def _taught(
     teacher: Classifier, examples: list[TextExample], classes: Sequence[str], scale: float
 ) -> Float[np.ndarray, "N C"]:
     """The teacher's logits, or its numbers divided by `scale`."""
-    if teacher.task.kind == "choice":
-        raise UserError("teacher.path: a choice has no teacher; expected a classifier of single texts or pairs")
     if teacher.task.classes != tuple(classes):
         raise UserError("teacher.path: its classes are not those of the rows")
     logits = teacher.logits(_texts(teacher.task.kind, examples)).reshape(len(examples), -1)
@@ -304,7 +339,7 @@ def tag_rows(
     known: dict[str, Any] | None,
 ) -> TaskRows:
     """Rows of words with their labels, as TagTask wants them; otherwise as `classify_rows`."""
-    scheme = known["scheme"] if known else detect([e.tags for e in train])
+    scheme, unfit = (known["scheme"], 0) if known else most_fitting([e.tags for e in train if e.tags])
     tags = tuple(known["classes"]) if known else tag_set([e.tags for e in train], scheme)
     batches = {}
     for name, examples in {"train": train, "dev": dev}.items():
@@ -312,7 +347,10 @@ def tag_rows(
         batches[name] = _tag_batches(config, tokenizer, good, tags, scheme, batch_size) if good else None
     bad.close(config.path)
     head = {"classes": list(tags), "scheme": scheme, "metric": "f1" if scheme else "accuracy"}
-    return TaskRows(**batches, head=head, notes=_notes(bad, {}, config))
+    notes = _notes(bad, {}, config)
+    if unfit:
+        notes += (f"{unfit:,} training sentences are not valid {scheme}; their spans are read by conlleval's rule",)
+    return TaskRows(**batches, head=head, notes=notes)
 
 
 def _has_tags(example: TaggedExample, tags: Sequence[str], scheme: str | None, bad: BadRows) -> bool:

@@ -24,7 +24,7 @@ from electrax.training.state import Step, TrainState, abstract_state, choose_mic
 
 CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
 # keys that may be other ones when a run is resumed
-MAY_CHANGE = {"workdir", "steps", "epochs", "init_from", "checkpoint", "eval", "log", "mesh"}
+MAY_CHANGE = {"workdir", "seeds", "steps", "epochs", "checkpoint", "eval", "log", "mesh"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +144,32 @@ def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
     checkpoints are kept there of a run that this one does not continue."""
     workdir = pathlib.Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")):
-        before = read_toml(workdir / CONFIG_FILE)
-        if before.get("task") != config.task:
-            raise UserError(f"{workdir} holds a run of the task {before.get('task')!r}; take another workdir")
-        before = dataclasses.asdict(build(type(config), before, str(workdir / CONFIG_FILE)))
-        for key, old, new in _differences(before, dataclasses.asdict(config)):
-            if key.split(".")[0] not in MAY_CHANGE and key != "optimizer.microbatch":
-                raise UserError(
-                    f"{workdir} holds a run with {key} = {old!r}, now {new!r}; take another workdir for a new run"
-                )
+    if holds_run(workdir):
+        check_continued(config)
         if Tokenizer.load(workdir).sha256 != tokenizer.sha256:
             raise UserError(f"{workdir} holds a run with another tokenizer than that of {data}")
     tokenizer.save(workdir)
     write_atomically(workdir / CONFIG_FILE, to_toml(config))
+
+
+def holds_run(workdir: str | os.PathLike) -> bool:
+    """Whether a checkpoint of a run is kept there, which the next training continues."""
+    workdir = pathlib.Path(workdir)
+    return (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def check_continued(config: Any) -> None:
+    """Raises UserError where config.toml of the work directory is that of a run that this one does not continue."""
+    workdir = pathlib.Path(config.workdir)
+    before = read_toml(workdir / CONFIG_FILE)
+    if before.get("task") != config.task:
+        raise UserError(f"{workdir} holds a run of the task {before.get('task')!r}; take another workdir")
+    before = dataclasses.asdict(build(type(config), before, str(workdir / CONFIG_FILE)))
+    for key, old, new in _differences(before, dataclasses.asdict(config)):
+        if key.split(".")[0] not in MAY_CHANGE and key != "optimizer.microbatch":
+            raise UserError(
+                f"{workdir} holds a run with {key} = {old!r}, now {new!r}; take another workdir for a new run"
+            )
 
 
 def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

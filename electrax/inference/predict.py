@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from electrax.config import UserError
-from electrax.data.examples import BadRow, BadRows, QuestionExample, TextExample
+from electrax.data.examples import BadRow, BadRows, QuestionExample, TextExample, decode_lines, text_fault
+from electrax.data.readers import COMPRESSED
 from electrax.data.squad import read_squad
 from electrax.data.tables import iter_table
 from electrax.inference.classifier import Classifier
@@ -17,15 +18,15 @@ from electrax.inference.tagger import Tagger
 from electrax.tasks.tags import to_spans
 
 ROWS = 1024  # read and predicted together
-LINES, SQUAD = (".txt", ".txt.gz"), (".json", ".json.gz")
+LINES, SQUAD = (tuple(kind + suffix for suffix in ("", *COMPRESSED)) for kind in (".txt", ".json"))
 
 Model = Classifier | Tagger | Reader
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
-    """INPUT is a file with a text a line (.txt, or - for standard input; a tab between the texts of a pair), a table
-    (.csv, .tsv, .jsonl, .parquet), or for a question answerer a SQuAD file (.json)."""
+    """INPUT is a file with a text a line (.txt, or - for standard input; a tab between the texts of a pair, or between
+    question and context), a table (.csv, .tsv, .jsonl, .parquet), or for a question answerer a SQuAD file (.json)."""
 
     model: str  # the work directory of a fine-tuning
     input: str
@@ -45,35 +46,33 @@ def predict_lines(model: Model, config: PredictConfig, columns: tuple[str, ...])
 
 
 def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[TextExample | QuestionExample | BadRow]:
-    if isinstance(model, Reader):
-        if source.endswith(SQUAD):
-            bad = BadRows("error")
-            examples = read_squad(source, bad)
-            bad.close(source)
-            return iter(examples)
-        return (row if isinstance(row, BadRow) else _question(row) for row in iter_table(source, columns))
-    lines = (
-        _standard_input() if source == "-" else iter_table(source, columns[:1] if source.endswith(LINES) else columns)
-    )
-    if len(columns) == 2 and (source == "-" or source.endswith(LINES)):
-        return (row if isinstance(row, BadRow) else _pair(row) for row in lines)
-    return lines
+    if isinstance(model, Reader) and len(columns) != 2:
+        raise UserError(f"text: expected the columns of question and context, found {', '.join(columns)}")
+    if isinstance(model, Reader) and source.endswith(SQUAD):
+        bad = BadRows("error")
+        examples = read_squad(source, bad)
+        bad.close(source)
+        return iter(examples)
+    if source == "-" or source.endswith(LINES):
+        lines = _standard_input() if source == "-" else iter_table(source, columns[:1])
+        rows = (row if isinstance(row, BadRow) else _texts(row, len(columns)) for row in lines)
+    else:
+        rows = iter_table(source, columns)
+    return (_question(row) if isinstance(model, Reader) and isinstance(row, TextExample) else row for row in rows)
 
 
 def _standard_input() -> Iterator[TextExample | BadRow]:
-    for number, line in enumerate(sys.stdin, 1):
-        text, where = line.rstrip("\r\n"), f"standard input, line {number}"
-        yield (
-            TextExample(where, (text,), None)
-            if text.strip()
-            else BadRow(where, "empty text", "expected text, found none")
-        )
+    for line in decode_lines(sys.stdin.buffer):
+        text, where = line.text.rstrip("\r\n"), f"standard input, line {line.number}"
+        fault = line.fault or text_fault(text, "the line")
+        yield BadRow(where, *fault) if fault else TextExample(where, (text,), None)
 
 
-def _pair(row: TextExample) -> TextExample | BadRow:
-    texts = tuple(row.texts[0].split("\t"))
-    if len(texts) != 2 or not all(text.strip() for text in texts):
-        return BadRow(row.where, "pair", "expected two texts with a tab between them")
+def _texts(row: TextExample, count: int) -> TextExample | BadRow:
+    """The texts of a line, which is one text whatever tabs there are in it where `count` is 1."""
+    texts = tuple(row.texts[0].split("\t")) if count > 1 else row.texts
+    if len(texts) != count or not all(text.strip() for text in texts):
+        return BadRow(row.where, "texts", f"expected {count} texts with a tab between them, found {len(texts)}")
     return dataclasses.replace(row, texts=texts)
 
 

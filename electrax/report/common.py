@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from electrax.data.shards import write_atomically
@@ -25,17 +26,17 @@ INTERRUPTED = 130  # exit status
 
 
 def show_line(name: str, value: str) -> None:
-    console.print(f"[bold]{name:<14}[/] {value}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{name:<14}[/] {escape(value)}", highlight=False, soft_wrap=True)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """The first column is text, the others stand at the right; figures have four digits."""
     table = Table()
     for place, name in enumerate(columns):
-        table.add_column(str(name), justify="right" if place else "left")
+        table.add_column(escape(str(name)), justify="right" if place else "left")
     for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
-    console.print(f"[bold]{title}[/]")
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else escape(str(value)) for value in row))
+    console.print(f"[bold]{escape(title)}[/]")
     console.print(table)
 
 
@@ -93,6 +94,8 @@ def train_and_track(run: Run, command: str) -> Record | None:
     needed = run.memory()
     show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
     workdir = pathlib.Path(run.config.workdir)
+    if run.start < run.steps:
+        (workdir / RESULTS_FILE).unlink(missing_ok=True)  # those of a shorter run
     tracker = Tracker(workdir, run.start, run.steps, _rates(run), console)
     final: Record | None = None
     try:

@@ -7,12 +7,13 @@ import shutil
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
-from electrax.config import to_toml
+from electrax.config import UserError, to_toml
 from electrax.data.shards import write_atomically
-from electrax.experiment.finetune import FinetuneConfig, evaluate_trained, keep_threshold, resolve, set_up
+from electrax.experiment.finetune import FinetuneConfig, evaluate_trained, keep_threshold, read_config, resolve, set_up
 from electrax.experiment.rows import TaskRows
-from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run
+from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run, check_continued, holds_run
 from electrax.report.common import (
     INTERRUPTED,
     console,
@@ -23,8 +24,8 @@ from electrax.report.common import (
     train_and_track,
     write_results,
 )
-from electrax.tasks.finetune import FinetuneTask
-from electrax.training.loop import Record
+from electrax.tasks.finetune import LESS_IS_BETTER, FinetuneTask
+from electrax.training.loop import NonFiniteLoss, Record
 
 MOST_ROWS, MOST_COLUMNS = 25, 12  # of a table that is shown
 
@@ -35,25 +36,54 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
         results = train_one(config, command)
         return INTERRUPTED if results is None else 0
     config, workdir = resolve(config), pathlib.Path(config.workdir)
+    if holds_run(workdir):
+        raise UserError(f"{workdir} holds a run of one seed; take another workdir for several")
+    if any(workdir.glob("seed-*")):
+        check_continued(config)
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / CONFIG_FILE, to_toml(config))
     runs: dict[str, dict[str, Any]] = {}
     for seed in range(config.seed, config.seed + config.seeds):
-        name = f"seed-{seed}"
-        results = read_results(workdir / name)
-        if results is None:
-            console.rule(f"seed {seed}")
-            one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(workdir / name))
-            results = train_one(one, command)
+        results = train_seed(config, seed, command)
         if results is None:
             return INTERRUPTED
-        runs[name] = results
+        runs[f"seed-{seed}"] = results
     results = summarize_seeds(runs)
+    keep = {results["best"], results["median_run"]}
+    for name in keep:  # what an earlier choice among fewer seeds did not keep
+        if runs[name]["score"] is not None and not any((workdir / name / "checkpoints").glob("[0-9]*")):
+            (workdir / name / RESULTS_FILE).unlink(missing_ok=True)
+            if train_seed(config, int(name.removeprefix("seed-")), command) is None:
+                return INTERRUPTED
     write_results(workdir, results)
-    for name in set(runs) - {results["best"], results["median_run"]}:
+    for name in set(runs) - keep:
         shutil.rmtree(workdir / name / "checkpoints", ignore_errors=True)
     show_seeds(results, runs)
     return 0
+
+
+def train_seed(config: FinetuneConfig, seed: int, command: str) -> dict[str, Any] | None:
+    """The results of one of several seeds, trained if they are not there yet; None after a stop that saved."""
+    workdir = pathlib.Path(config.workdir) / f"seed-{seed}"
+    one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(workdir))
+    results = read_results(workdir)
+    if results is not None and is_of(one):
+        return results
+    console.rule(f"seed {seed}")
+    try:
+        return train_one(one, command)
+    except NonFiniteLoss as error:  # the other seeds are worth having
+        console.print(f"[bold red]did not train:[/] {escape(str(error))}", soft_wrap=True)
+        results = {"task": config.task, "metric": None, "score": None, "scores": [None], "failed": [str(error)]}
+        write_results(workdir, results)
+        return results
+
+
+def is_of(config: FinetuneConfig) -> bool:
+    """Whether the finished run of a work directory has this config, its length too."""
+    kept = read_config(config.workdir)
+    same = {"checkpoint": config.checkpoint, "log": config.log, "mesh": config.mesh}
+    return dataclasses.replace(kept, **same) == config
 
 
 def train_one(config: FinetuneConfig, command: str) -> dict[str, Any] | None:
@@ -68,12 +98,33 @@ def train_one(config: FinetuneConfig, command: str) -> dict[str, Any] | None:
         run.checkpoints.close()
         assert best is not None  # the last step is evaluated and saved
         final = evaluate_trained(run.config, step=best[0])[2]
-    if "best_f1_thresh" in final.figures:  # of questions that may be without an answer
-        keep_threshold(config.workdir, final.figures["best_f1_thresh"])
-    results = describe(run.task, final)
+    if run.config.task == "answer" and run.config.head.no_answer and run.config.head.null_threshold is None:
+        final = at_best_threshold(run, final)
+    results = describe(run.task, final) | {"notes": list(rows.notes)}
     write_results(config.workdir, results)
     show_final(run.task, final)
     return results
+
+
+def at_best_threshold(run: Run, final: Record) -> Record:
+    """Stores the null threshold that is best on the dev questions with the model; the figures under it.
+
+    The best one is the score of a question, which rounding may move: half-way to the next score decides the same. The
+    official sweep names no threshold where no answer at all is best: that is one below all scores.
+    """
+    figure = "exact" if run.task.metric in ("exact", "best_exact") else "f1"
+    threshold = final.figures[f"best_{figure}_thresh"]
+    scores = [found["null_score"] for found in run.task.predictions(final.arrays)]
+    threshold += min((score - threshold for score in scores if score > threshold), default=0.0) / 2
+
+    def under(threshold: float) -> tuple[float, Record]:
+        task = dataclasses.replace(run.task, null_threshold=threshold)
+        return threshold, final._replace(figures=task.summarize({"loss": final.figures["loss"]}, final.arrays))
+
+    tried = [under(threshold), under(min(scores) - 1.0)]
+    threshold, final = max(tried, key=lambda found: found[1].figures[figure])
+    keep_threshold(run.config.workdir, threshold)
+    return final
 
 
 def describe(task: FinetuneTask, final: Record) -> dict[str, Any]:
@@ -98,28 +149,31 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def summarize_seeds(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every score, and which run is the best and which the median (the lower of two). The standard deviation is that
-    of a sample."""
+    """What results.json says of several seeds: every score, median, mean and standard deviation (of a sample) of those
+    that are numbers, which run is the best and which the median (the lower of two), and of the best one its tables."""
     names = list(runs)
-    scores = np.array([np.nan if runs[name]["score"] is None else runs[name]["score"] for name in names])
-    order = np.argsort(np.where(np.isnan(scores), -np.inf, scores), kind="stable")
-    return {
-        "task": runs[names[0]]["task"],
-        "metric": runs[names[0]]["metric"],
-        "score": float(np.median(scores)),
+    scores = np.array([np.nan if run["score"] is None else run["score"] for run in runs.values()])
+    metric = next((run["metric"] for run in runs.values() if run["metric"]), None)
+    goodness = -scores if metric in LESS_IS_BETTER else scores
+    order = np.argsort(np.where(np.isnan(scores), -np.inf, goodness), kind="stable")
+    numbers = scores[~np.isnan(scores)]
+    best = names[order[-1]]
+    return runs[best] | {
+        "metric": metric,
+        "score": float(np.median(numbers)) if len(numbers) else float("nan"),
         "scores": scores.tolist(),
-        "mean": float(np.mean(scores)),
-        "std": float(np.std(scores, ddof=1)),
-        "best": names[order[-1]],
+        "mean": float(np.mean(numbers)) if len(numbers) else float("nan"),
+        "std": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else float("nan"),
+        "best": best,
         "median_run": names[order[(len(order) - 1) // 2]],
         "failed": {name: run["failed"] for name, run in runs.items() if run["failed"]},
-        "metrics": runs[names[order[-1]]]["metrics"],
     }
 
 
 def evaluate_and_report(config: FinetuneConfig) -> int:
     """The command `evaluate` on a fine-tuned model; nothing is written."""
     task, rows, final = evaluate_trained(config)
+    show_line("data", f"{len(rows.dev.rows):,} rows")
     show_notes(rows)
     show_final(task, final)
     return 0
@@ -163,7 +217,7 @@ def show_final(task: FinetuneTask, final: Record) -> None:
     for name, rows in task.tables(final.arrays).items():
         show_rows(name.replace("_", " "), rows)
     for finding in task.diagnose(final.figures, final.arrays):
-        console.print(f"[bold red]did not train:[/] {finding}", soft_wrap=True)
+        console.print(f"[bold red]did not train:[/] {escape(finding)}", soft_wrap=True)
 
 
 def show_rows(title: str, rows: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """What a person sees of GLUE as a whole: every task's training, then one table."""
 
+import math
 import pathlib
 
 import numpy as np
@@ -28,16 +29,16 @@ def glue_and_report(config: GlueConfig, command: str) -> int:
         if row in GLUE:
             files += predict_tests(config, row, task.workdir)
     averaged = [row for row in results if row in GLUE and row != LEFT_OUT]
-    average = float(np.mean([results[row]["score"] for row in averaged])) if averaged else None
-    rows = [(_title(row), found["metric"], 100 * found["score"], _spread(found)) for row, found in results.items()]
+    average = float(np.mean([_percent(results[row]["score"]) for row in averaged])) if averaged else math.nan
+    rows = [(_title(row), found["metric"], _percent(found["score"]), _spread(found)) for row, found in results.items()]
     show_table("GLUE dev, median over seeds x 100", ("task", "metric", "score", "std"), rows)
     if averaged:
-        console.print(f"average of {', '.join(map(_title, averaged))}: {100 * average:.2f}", soft_wrap=True)
+        console.print(f"average of {', '.join(map(_title, averaged))}: {average:.2f}", soft_wrap=True)
     for path in files:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     keys = ("metric", "score", "scores", "std")
     kept = {row: {key: found.get(key) for key in keys} for row, found in results.items()}
-    write_results(config.workdir, {"task": "glue", "average": average, "averaged": averaged, "tasks": kept})
+    write_results(config.workdir, {"task": "glue", "average": average / 100, "averaged": averaged, "tasks": kept})
     return 0
 
 
@@ -46,5 +47,10 @@ def _title(row: str) -> str:
     return f"{GLUE[name].title} {rest}".strip()
 
 
+def _percent(share: float | None) -> float:
+    """NaN for what was not a number, as the correlation with a constant."""
+    return math.nan if share is None else 100 * share
+
+
 def _spread(found: dict) -> float | str:
-    return 100 * found["std"] if "std" in found else ""
+    return _percent(found["std"]) if "std" in found else ""

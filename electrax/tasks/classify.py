@@ -111,14 +111,14 @@ class ClassifyTask(FinetuneTask):
         names = ("precision", "recall", "f1", "support")
         by_class = [{"class": name, **dict(zip(names, row, strict=True))}
                     for name, row in zip(self.classes, columns, strict=True)]  # fmt: skip
-        confusion = [{"true": name, **dict(zip(self.classes, row, strict=True))}
+        confusion = [{"class": name, **{f"as {c}": n for c, n in zip(self.classes, row, strict=True)}}
                      for name, row in zip(self.classes, counts.tolist(), strict=True)]  # fmt: skip
         return {"by_class": by_class, "confusion": confusion}
 
     def diagnose(self, figures: dict[str, float], arrays: dict[str, np.ndarray]) -> list[str]:
         """What did not train, in words; empty where it did."""
         if self.kind == "number":
-            still = np.ptp(arrays["logits"]) < 1e-3
+            still = len(arrays["logits"]) > 1 and np.ptp(arrays["logits"]) < 1e-3
             return ["it gives every row the same number"] if still else []
         if self.kind == "labels":
             return [] if (arrays["logits"] > 0).any() else ["it gives no row any label"]

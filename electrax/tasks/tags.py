@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from electrax.config import UserError
 
 Scheme = Literal["IO", "IOB1", "IOB2", "BIOES"]
+SCHEMES: tuple[Scheme, ...] = ("IOB2", "BIOES", "IO", "IOB1")
 
 
 class Span(NamedTuple):
@@ -76,28 +77,16 @@ def convert(tags: Sequence[str], scheme: Scheme) -> list[str]:
     return from_spans(to_spans(tags), len(tags), scheme)
 
 
-def detect(sentences: Sequence[Sequence[str]]) -> Scheme | None:
-    """The scheme in which every sentence is valid; None if there is none, or if the tags do not mark spans.
+def most_fitting(sentences: Sequence[Sequence[str]]) -> tuple[Scheme | None, int]:
+    """The scheme in which most sentences are valid (None if the tags do not mark spans), and how many are not.
 
     Of several, the first of IOB2, BIOES, IO, IOB1: so IO says that there is no B at all, though IOB1 may be meant.
     """
     if not marks_spans(tag for tags in sentences for tag in tags):
-        return None
-    schemes: tuple[Scheme, ...] = ("IOB2", "BIOES", "IO", "IOB1")
-    return next((scheme for scheme in schemes if all(convert(tags, scheme) == [*tags] for tags in sentences)), None)
-
-
-def validate(sentences: Sequence[Sequence[str]], scheme: Scheme, origin: str) -> None:
-    """Raises UserError at the first tag that is not as the scheme writes the spans; `origin` names the file."""
-    for number, tags in enumerate(sentences, 1):
-        try:
-            expected = convert(tags, scheme)
-        except UserError as error:
-            raise UserError(f"{origin}: sentence {number}: {error}") from None
-        for place, (tag, right) in enumerate(zip(tags, expected, strict=True), 1):
-            if tag != right:
-                where = f"{origin}: sentence {number}, word {place}"
-                raise UserError(f"{where}: tag {tag} is not {scheme}, expected {right}")
+        return None, 0
+    fits = {scheme: sum(convert(tags, scheme) == [*tags] for tags in sentences) for scheme in SCHEMES}
+    scheme = max(SCHEMES, key=lambda scheme: fits[scheme])
+    return scheme, len(sentences) - fits[scheme]
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

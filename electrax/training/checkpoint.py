@@ -66,7 +66,7 @@ class Checkpoints:
         return sorted(int(p.parent.name) for p in self.directory.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
 
     def best(self) -> tuple[int, float] | None:
-        """(step, score) of the best evaluated checkpoint; None where there is none."""
+        """(step, score) of the best evaluated checkpoint, the first of equals; None where there is none."""
         kept = {step: self._open().metrics(step) for step in self.steps()}
         scores = {step: found["score"] for step, found in kept.items() if found and found["score"] is not None}
         return max(scores.items(), key=lambda scored: scored[1], default=None)
@@ -75,7 +75,9 @@ class Checkpoints:
         """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""
         self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        if not self._open().save(step, args=ocp.args.Composite(**items), metrics={"score": score}, force=True):
+        if not self._open().save(
+            step, args=ocp.args.Composite(**items), metrics={"score": score, "step": step}, force=True
+        ):
             raise RuntimeError(f"orbax did not save step {step} in {self.directory}")
         self._sealing = threading.Thread(target=self._seal, args=(step,), name="electrax-checkpoint")
         self._sealing.start()
@@ -111,9 +113,10 @@ class Checkpoints:
             self._manager = None
 
 
-def _score(metrics: dict[str, float | None]) -> float:
-    """What was not evaluated is never the best."""
-    return -math.inf if metrics["score"] is None else metrics["score"]
+def _score(metrics: dict[str, float | None]) -> tuple[float, int]:
+    """What was not evaluated is never the best; of equals the first is."""
+    score, step = metrics["score"], metrics.get("step", 0)
+    return (-math.inf, step) if score is None else (score, -step)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -52,9 +52,10 @@ def test_a_row_is_named_by_file_and_line(write):
     assert next(iter_table(path, ("text",))).where == f"{path}, line 2"
 
 
-def test_tsv_cells_may_be_quoted_too(write):
-    path = write("a.tsv", 'text\tlabel\nsay "so", then\tx\n"a\tb"\ty\n')
-    assert rows(path) == [(('say "so", then',), "x"), (("a\tb",), "y")]
+def test_a_row_of_a_tsv_is_a_line_whatever_its_quotation_marks(write):
+    path = write("a.tsv", 'text\tlabel\nsay "so", then\tx\n"open\ty\n"so ""called"""\tz\n"yes" or "no"\tz\n')
+    expected = [('say "so", then', "x"), ('"open', "y"), ('so "called"', "z"), ('"yes" or "no"', "z")]
+    assert rows(path) == [((text,), label) for text, label in expected]
 
 
 def test_columns_are_taken_in_the_order_asked_for(write):

@@ -248,9 +248,9 @@ def test_the_tables_of_classes_have_a_row_for_each():
         {"class": "yes", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1},
     ]
     assert tables["confusion"] == [
-        {"true": "no", "no": 1, "maybe": 0, "yes": 0},
-        {"true": "maybe", "no": 0, "maybe": 2, "yes": 0},
-        {"true": "yes", "no": 0, "maybe": 1, "yes": 0},
+        {"class": "no", "as no": 1, "as maybe": 0, "as yes": 0},
+        {"class": "maybe", "as no": 0, "as maybe": 2, "as yes": 0},
+        {"class": "yes", "as no": 0, "as maybe": 1, "as yes": 0},
     ]
     assert make_task("number").tables(arrays) == make_task("choice").tables(arrays) == {}
 

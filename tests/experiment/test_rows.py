@@ -1,0 +1,424 @@
+"""From files of labelled examples to the rows of a task."""
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from electrax.config import UserError, build
+from electrax.data.examples import QuestionExample, TextExample
+from electrax.data.tokenizer import SPECIALS, Tokenizer
+from electrax.experiment.finetune import FinetuneConfig, make_rows
+from electrax.experiment.rows import ExamplesConfig, classify_rows, hold_out, read_examples, texts_of
+from electrax.inference.classifier import Classifier
+from electrax.models.encoder import EncoderConfig
+from electrax.tasks.classify import ClassifyTask
+from tests.fixtures.finetuning import QUESTIONS, squad, write, write_rows
+from tests.fixtures.weights import random_params
+
+WORDS = "the film was good bad fine poor who ran cat dog sat and".split()
+PAD, UNK, CLS, SEP = range(4)
+NUMBER = {word: i for i, word in enumerate(SPECIALS + WORDS)}
+TEN = [(f"film {i}", "ab"[i % 2]) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    path.write_text("\n".join(SPECIALS + WORDS), encoding="utf-8")
+    return Tokenizer.load(path)
+
+
+def read(path, only_dev=False, **data):
+    """(texts of the training rows, texts of the dev rows, how many rows were bad)."""
+    config = build(ExamplesConfig, {"path": str(path), **data}, "the test")
+    rows, dev, bad = read_examples(config, train=not only_dev)
+    return [e.texts[0] for e in rows], [e.texts[0] for e in dev], bad.counts.total()
+
+
+def rows_of(tokenizer, path, known=None, task="classify", **sections):
+    values = {"task": task, "workdir": "unused", "batch_size": 4, **sections}
+    values["data"] = {"path": str(path), "max_length": 12, "max_query": 4, "shapes": 1, **sections.get("data", {})}
+    config = build(FinetuneConfig, values, "the test")
+    return make_rows(config, tokenizer, read_examples(config.data, train=known is None), known)
+
+
+def ids_of(rows, number):
+    """The words of a row."""
+    start, end = rows.rows.starts[number : number + 2]
+    return rows.rows.tokens["ids"][start:end].tolist()
+
+
+# -- which files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_dev_file_of_a_folder_is_found_by_its_name_compressed_or_not(tmp_path):
+    write_rows(tmp_path / "train.csv", TEN)
+    (tmp_path / "test.csv").write_text("text\nnot for this\n")
+    for name in ("validation.jsonl.gz", "valid.csv", "dev.tsv"):
+        text = "text\tlabel\n" if name.endswith("tsv") else "text,label\n"
+        row = json.dumps({"text": name, "label": "a"}) if "jsonl" in name else name + text[4] + "a"
+        data = ("" if "jsonl" in name else text) + row + "\n"
+        (tmp_path / name).write_bytes(gzip.compress(data.encode()) if name.endswith("gz") else data.encode())
+        assert read(tmp_path)[1] == [name]  # dev before valid before validation, and a test set never
+    assert len(read(tmp_path)[0]) == 10
+
+
+def test_rows_may_be_named_in_the_folder_beside_the_file_or_anywhere(tmp_path):
+    path = write_rows(tmp_path / "a" / "mine.csv", TEN)
+    write_rows(tmp_path / "a" / "other.csv", [("other", "a")])
+    far = write_rows(tmp_path / "b" / "far.csv", [("far", "a")])
+    assert read(path, dev="other.csv")[1] == read(tmp_path / "a", train="mine.csv", dev="other.csv")[1] == ["other"]
+    assert read(path, dev=str(far))[1] == ["far"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": ""}, "data.path is empty"),
+        ({"path": "gone.csv"}, "gone.csv: no such file or folder"),
+        ({"path": ""} | {"holdout": 1.0}, "data.holdout must lie between 0 and 1, not 1.0"),
+        ({"format": "glue", "glue": "col"}, "data.glue must be one of cola, .* not 'col'"),
+        ({"dev": "gone.csv"}, "gone.csv: no such file"),
+        ({"train": "gone.csv"}, "gone.csv: no such file"),
+        ({"format": "squad"}, "expected train.json or the like in it, or its name as data.train"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "train.csv", TEN)
+    with pytest.raises(UserError, match=message):
+        read(**({"path": tmp_path} | data))
+
+
+# -- rows kept apart, and fewer rows -----------------------------------------------------------------------------------
+
+
+def test_the_same_share_of_the_rows_is_kept_apart_in_every_run(tmp_path):
+    path = write_rows(tmp_path / "a.csv", TEN)
+    train, dev, _ = read(path, holdout=0.3)
+    assert (len(train), len(dev)) == (7, 3)
+    assert sorted(train + dev) == [text for text, _ in TEN]
+    assert read(path, holdout=0.3)[:2] == (train, dev)
+    # in the order of the file, and the evaluation alone has the same rows
+    assert train == sorted(train) and dev == sorted(dev)
+    assert read(path, only_dev=True, holdout=0.3)[:2] == ([], dev)
+
+
+def test_a_limit_draws_the_same_training_rows_every_time_and_no_row_from_dev(tmp_path):
+    path = write_rows(tmp_path / "a.csv", TEN)
+    train, dev, _ = read(path, holdout=0.2)
+    some, same_dev, _ = read(path, holdout=0.2, limit=3)
+    assert len(some) == 3 and set(some) < set(train) and some == sorted(some) and same_dev == dev
+    assert read(path, holdout=0.2, limit=3)[0] == some != train[:3]
+    write_rows(tmp_path / "dev.csv", TEN[:5])
+    assert [len(part) for part in read(path, dev="dev.csv", limit=3)[:2]] == [3, 5]
+
+
+def test_at_least_one_row_is_kept_apart_and_one_row_cannot_be_divided(tmp_path):
+    assert [len(part) for part in read(write_rows(tmp_path / "a.csv", TEN[:2]))[:2]] == [1, 1]
+    with pytest.raises(UserError, match="one row cannot be divided"):
+        read(write_rows(tmp_path / "b.csv", TEN[:1]))
+
+
+def test_every_text_is_there_to_train_a_tokenizer_on(tmp_path):
+    pairs = write_rows(tmp_path / "a.tsv", [("a b", "c", "x")] * 2, ("s", "t", "label"))
+    squads = write(tmp_path / "squad" / "train.json", squad(QUESTIONS[:2]))
+    conll = write(tmp_path / "train.txt", "cat NN\nsat VB\n\ndog NN\n")
+    found = {}
+    for name, (path, data) in {
+        "pairs": (pairs, {"text": ["s", "t"]}),
+        "squad": (squads.parent, {"format": "squad", "dev": "train.json"}),
+        "conll": (conll, {"format": "conll", "dev": "train.txt"}),
+    }.items():
+        config = build(ExamplesConfig, {"path": str(path), **data}, "the test")
+        found[name] = texts_of(read_examples(config)[0])
+    assert found["pairs"] == ["a b", "c"]
+    assert found["squad"] == [text for _, *texts, _ in QUESTIONS[:2] for text in texts]
+    assert found["conll"] == ["cat sat", "dog"]
+
+
+# -- classification ----------------------------------------------------------------------------------------------------
+
+LABELLED = [("the film was good", "yes"), ("the film was bad", "no"), ("fine", "yes"), ("poor", "no")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four training and two dev rows."""
+    write_rows(tmp_path / "train.csv", LABELLED)
+    write_rows(tmp_path / "dev.csv", LABELLED[1:3])
+    return tmp_path
+
+
+def test_rows_of_classes_are_numbered_in_alphabetical_order(tokenizer, folder):
+    rows = rows_of(tokenizer, folder)
+    assert rows.head["classes"] == ["no", "yes"]
+    assert rows.train.rows.fields["label"].tolist() == [1, 0, 1, 0]
+    assert rows.dev.rows.fields["label"].tolist() == [0, 1]
+    assert ids_of(rows.train, 0) == [CLS, *(NUMBER[word] for word in "the film was good".split()), SEP]
+    assert rows.notes == ()
+
+
+def test_a_known_head_gives_the_numbers_of_its_classes_whatever_labels_there_are(tokenizer, folder):
+    known = rows_of(tokenizer, folder).head | {"classes": ["yes", "no"]}
+    write_rows(folder / "dev.csv", LABELLED[1:2] * 3)
+    rows = rows_of(tokenizer, folder, known)
+    assert rows.head == known
+    assert (rows.train, rows.dev.rows.fields["label"].tolist()) == (None, [1, 1, 1])
+
+
+def test_a_row_that_is_too_long_is_cut_and_counted(tokenizer, folder):
+    write_rows(folder / "train.csv", [(f"{text} {text}", label) for text, label in LABELLED])
+    write_rows(folder / "dev.csv", [("the film was good " * 2, "yes"), ("cat " * 6, "no")])
+    rows = rows_of(tokenizer, folder, data={"max_length": 8})
+    assert rows.notes == ("2 train rows longer than 8 tokens were cut", "1 dev rows longer than 8 tokens were cut")
+    assert ids_of(rows.train, 0) == [CLS, *(NUMBER[word] for word in "the film was good the film".split()), SEP]
+
+
+def test_both_orders_double_the_training_rows_and_not_those_of_dev(tokenizer, tmp_path):
+    pairs = [("good film", "bad", "x"), ("poor", "fine cat", "y")]
+    for name in ("train.tsv", "dev.tsv"):
+        write_rows(tmp_path / name, pairs, ("s", "t", "label"))
+    rows = rows_of(tokenizer, tmp_path, data={"text": ["s", "t"], "both_orders": True})
+    good, bad, film = (NUMBER[word] for word in ("good", "bad", "film"))
+    assert (len(rows.train.rows), len(rows.dev.rows)) == (4, 2)
+    assert ids_of(rows.train, 0) == [CLS, good, film, SEP, bad, SEP]
+    assert ids_of(rows.train, 2) == [CLS, bad, SEP, good, film, SEP]
+    assert rows.train.rows.fields["label"].tolist() == [0, 1, 0, 1]
+
+
+def test_labels_are_divided_at_the_separator(tokenizer, tmp_path):
+    table = [("the film", "fun;sad"), ("a cat", ""), ("a dog", "sad; new")]
+    for name in ("train.csv", "dev.csv"):
+        write_rows(tmp_path / name, table)
+    rows = rows_of(tokenizer, tmp_path, head={"kind": "labels"}, data={"label_separator": ";"})
+    assert rows.head["classes"] == ["fun", "new", "sad"]
+    assert rows.train.rows.fields["label"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 1]]
+
+
+def test_several_labels_for_a_head_of_one_class_are_an_error_that_says_so(tokenizer, tmp_path):
+    rows = [{"text": "the film", "label": ["fun", "sad"]}, {"text": "a cat", "label": "fun"}]
+    for name in ("train.jsonl", "dev.jsonl"):
+        write(tmp_path / name, "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"train.jsonl, line 1: expected one label, found \('fun', 'sad'\) \(head.kind"):
+        rows_of(tokenizer, tmp_path)
+
+
+def test_numbers_are_divided_by_the_greatest_of_the_training_rows(tokenizer, tmp_path):
+    write_rows(tmp_path / "train.csv", [("film", "-50"), ("cat", "12.5"), ("dog", "0")])
+    write_rows(tmp_path / "dev.csv", [("film", "100")])
+    rows = rows_of(tokenizer, tmp_path, head={"kind": "number"})
+    assert (rows.head["scale"], rows.head["classes"]) == (50.0, [])
+    assert rows.train.rows.fields["label"].tolist() == [-1.0, 0.25, 0.0]
+    assert rows.dev.rows.fields["label"].tolist() == [2.0]
+    # of a model that is evaluated the scale is its own
+    assert rows_of(tokenizer, tmp_path, rows.head, head={"kind": "number"}).dev.rows.fields["label"].tolist() == [2.0]
+    write_rows(tmp_path / "train.csv", [("film", "0"), ("cat", "0")])
+    assert rows_of(tokenizer, tmp_path, head={"kind": "number"}).head["scale"] == 1.0
+
+
+def test_a_choice_has_a_row_of_the_context_with_each_of_its_texts(tokenizer, tmp_path):
+    table = [("who ran", "the cat", "the dog", "0"), ("who sat", "cat", "dog", "1")]
+    for name in ("train.tsv", "dev.tsv"):
+        write_rows(tmp_path / name, table, ("q", "a", "b", "label"))
+    rows = rows_of(tokenizer, tmp_path, head={"kind": "choice"}, data={"text": ["q", "a", "b"]})
+    who, ran, the, cat, dog = (NUMBER[word] for word in ("who", "ran", "the", "cat", "dog"))
+    assert len(rows.train.rows) == 2
+    batch = rows.train.rows.batch(np.array([0, -1]), 8, {"ids": PAD})
+    assert batch["ids"][0].tolist() == [
+        [CLS, who, ran, SEP, the, cat, SEP, PAD],
+        [CLS, who, ran, SEP, the, dog, SEP, PAD],
+    ]
+    assert (batch["label"].tolist(), batch["weight"].tolist()) == ([0, 0], [1, 0])
+    assert (rows.head["classes"], rows.head["metric"]) == (["0", "1"], "accuracy")
+    with pytest.raises(UserError, match=r"train.tsv, line 2: expected one of the labels '0', '1', found '2'"):
+        write_rows(tmp_path / "train.tsv", [("who ran", "a", "b", "2")], ("q", "a", "b", "label"))
+        rows_of(tokenizer, tmp_path, head={"kind": "choice"}, data={"text": ["q", "a", "b"]})
+
+
+def classifier(tokenizer, **changes):
+    """A teacher with random weights."""
+    encoder = EncoderConfig(
+        vocab_size=tokenizer.vocab_size, layers=1, width=16, heads=2, feed_forward=16, embedding_width=8, max_length=16
+    )
+    task = ClassifyTask(encoder, tokenizer.pad_id, tokenizer.sep_id, **changes)
+    ids = np.zeros((1, 2, 16) if task.kind == "choice" else (1, 16), np.int32)
+    params = random_params(jax.eval_shape(lambda: task.init(jax.random.key(0), {"ids": ids})))
+    return Classifier(params, tokenizer, task, 12)
+
+
+def taught(config, kind, tokenizer, teacher):
+    train, dev, bad = read_examples(config)
+    rows = classify_rows(config, kind, tokenizer, train, dev, bad, 8, None, teacher)
+    assert "teacher" not in rows.dev.rows.fields
+    return rows.train.rows.fields["teacher"]
+
+
+def test_a_teacher_of_choices_gives_each_of_them_its_logit(tokenizer, tmp_path):
+    table = [("who ran", "the cat", "the dog", "0"), ("who sat", "cat", "dog", "1")]
+    for name in ("train.tsv", "dev.tsv"):
+        write_rows(tmp_path / name, table, ("q", "a", "b", "label"))
+    config = ExamplesConfig(path=str(tmp_path), text=("q", "a", "b"), max_length=12)
+    teacher = classifier(tokenizer, kind="choice", classes=("0", "1"))
+    found = taught(config, "choice", tokenizer, teacher)
+    expected = teacher.logits([(q, choice) for q, *choices, _ in table for choice in choices])[:, 0]
+    np.testing.assert_allclose(found, expected.reshape(2, 2), rtol=1e-6)
+    assert len(np.unique(found)) == 4
+
+
+def test_a_teacher_of_numbers_gives_them_in_the_units_of_the_rows(tokenizer, tmp_path):
+    for name in ("train.csv", "dev.csv"):
+        write_rows(tmp_path / name, [("film", "-50"), ("cat", "12.5")])
+    teacher = classifier(tokenizer, kind="number", scale=100.0)
+    found = taught(ExamplesConfig(path=str(tmp_path), max_length=12), "number", tokenizer, teacher)
+    values = [row["value"] for row in teacher.predict(["film", "cat"])]
+    np.testing.assert_allclose(found[:, 0] * 50.0, values, rtol=1e-5)
+
+
+# -- bad rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_label_of_dev_that_was_never_trained_on_names_its_row(tokenizer, folder):
+    write_rows(folder / "dev.csv", [*LABELLED[:2], ("fine", "maybe")])
+    with pytest.raises(UserError, match=r"dev.csv, line 4: expected one of the labels 'no', 'yes', found 'maybe'"):
+        rows_of(tokenizer, folder)
+
+
+def test_all_bad_rows_of_both_files_are_counted_in_one_message(tokenizer, folder):
+    write(folder / "train.csv", "text,label\nfine,yes\nbad,no\n,yes\nragged\npoor,no,3\n")
+    write_rows(folder / "dev.csv", [("fine", "maybe"), ("good", "yes"), ("bad", "")])
+    with pytest.raises(UserError) as caught:
+        rows_of(tokenizer, folder)
+    message = str(caught.value)
+    assert "5 bad rows (" in message and "\n" not in message
+    for part in (
+        "2 ragged row",
+        "2 label",
+        "1 empty text",
+        "train.csv, line 4",
+        "train.csv, line 5",
+        "dev.csv, line 2",
+    ):
+        assert part in message
+    assert 'data.on_bad_row = "skip" leaves them out' in message
+
+
+def test_bad_rows_may_be_left_out_and_are_then_counted_in_a_note(tokenizer, folder):
+    write(folder / "train.csv", "text,label\nfine,yes\nbad,no\n,yes\nragged\npoor,no\n")
+    write_rows(folder / "dev.csv", [("fine", "maybe"), ("good", "yes")])
+    rows = rows_of(tokenizer, folder, data={"on_bad_row": "skip"})
+    assert (len(rows.train.rows), len(rows.dev.rows)) == (3, 1)
+    assert rows.notes == ("bad rows left out: 1 empty text, 1 ragged row, 1 label",)
+
+
+@pytest.mark.parametrize(("file", "what"), [("train.csv", "train on"), ("dev.csv", "evaluate on")])
+def test_no_row_left_is_an_error(tokenizer, folder, file, what):
+    write_rows(folder / "train.csv", [("film", "1"), ("cat", "2")])
+    write_rows(folder / "dev.csv", [("film", "1")])
+    write_rows(folder / file, [("fine", "maybe")])
+    with pytest.raises(UserError, match=f"no row is left to {what}"):
+        rows_of(tokenizer, folder, head={"kind": "number"}, data={"on_bad_row": "skip"})
+
+
+def test_one_label_everywhere_is_an_error(tokenizer, folder):
+    write_rows(folder / "train.csv", LABELLED[::2])
+    write_rows(folder / "dev.csv", LABELLED[:1])
+    with pytest.raises(UserError, match="all rows have the label 'yes'; expected two labels or more"):
+        rows_of(tokenizer, folder)
+
+
+# -- tags --------------------------------------------------------------------------------------------------------------
+
+CONLL = "the O\ncat B-ANIMAL\nsat O\n\ndog B-ANIMAL\nran O\n"
+
+
+def test_tags_of_spans_become_those_of_bioes_and_are_counted_at_words(tokenizer, tmp_path):
+    write(tmp_path / "train.txt", CONLL)
+    write(tmp_path / "dev.txt", "the O\ndog B-ANIMAL\ncat I-ANIMAL\n")
+    rows = rows_of(tokenizer, tmp_path, task="tag", data={"format": "conll"})
+    assert rows.head["classes"] == ["B-ANIMAL", "E-ANIMAL", "I-ANIMAL", "O", "S-ANIMAL"]
+    assert (rows.head["scheme"], rows.head["metric"]) == ("IOB2", "f1")
+    assert rows.train.rows.tokens["label"].tolist() == [-1, 3, 4, 3, -1, -1, 4, 3, -1]
+    assert rows.dev.rows.tokens["label"].tolist() == [-1, 3, 0, 1, -1]
+
+
+def test_plain_tags_are_taken_as_they_are(tokenizer, tmp_path):
+    for name in ("train.txt", "dev.txt"):
+        write(tmp_path / name, "the DET\ncat NOUN\n")
+    rows = rows_of(tokenizer, tmp_path, task="tag", data={"format": "conll"})
+    assert (rows.head["classes"], rows.head["scheme"], rows.head["metric"]) == (["DET", "NOUN"], None, "accuracy")
+
+
+def test_a_sentence_with_an_unknown_tag_is_a_bad_row(tokenizer, tmp_path):
+    write(tmp_path / "train.txt", CONLL)
+    write(tmp_path / "dev.txt", "the O\ncat B-PLANT\n\ndog O\n")
+    with pytest.raises(UserError, match=r"1 bad row \(1 tag\): .*dev.txt, line 1: word 2 has the tag 'B-PLANT'"):
+        rows_of(tokenizer, tmp_path, task="tag", data={"format": "conll"})
+    rows = rows_of(tokenizer, tmp_path, task="tag", data={"format": "conll", "on_bad_row": "skip"})
+    assert (len(rows.dev.rows), rows.notes) == (1, ("bad rows left out: 1 tag",))
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_questions_become_windows_with_the_tokens_of_their_answers(tokenizer, tmp_path):
+    asked = [("1", "who ran", "the cat sat and the dog ran", "the dog"), ("2", "who", "the cat sat", "")]
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.json", squad(asked))
+    rows = rows_of(tokenizer, tmp_path, task="answer", data={"format": "squad"}, head={"no_answer": True})
+    fields = rows.train.rows.fields
+    # [CLS] who ran [SEP] the cat sat and the dog ran [SEP]
+    assert (fields["start"].tolist(), fields["end"].tolist()) == ([8, 0], [9, 0])
+    assert fields["impossible"].tolist() == [0, 1]
+    assert [example.id for example in rows.windows.examples] == ["1", "2"]
+
+
+@pytest.mark.parametrize(("style", "threshold"), [("joint", -2.75), ("plain", 0.0)])
+def test_the_null_threshold_is_that_of_the_head_unless_another_is_set(tokenizer, tmp_path, style, threshold):
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.json", squad(QUESTIONS[:2]))
+
+    def kept(known=None, **head):
+        rows = rows_of(tokenizer, tmp_path, known, "answer", data={"format": "squad"}, head={"spans": style, **head})
+        return rows.head["null_threshold"]
+
+    assert kept() == threshold
+    assert kept(null_threshold=1.5) == 1.5
+    known = {"null_threshold": 0.25, "rows": ""}
+    assert (kept(known), kept(known, null_threshold=1.5)) == (0.25, 1.5)
+
+
+def test_a_question_that_may_be_answered_and_has_no_answer_cannot_be_trained_on(tokenizer, tmp_path):
+    unanswered = {"context": "the cat sat", "qas": [{"id": "9", "question": "who"}]}
+    train = json.loads(squad(QUESTIONS[:2]))
+    train["data"][0]["paragraphs"].append(unanswered)
+    write(tmp_path / "train.json", json.dumps(train))
+    write(tmp_path / "dev.json", squad(QUESTIONS[:2]))
+    with pytest.raises(UserError, match="train.json, question 9: expected an answer to learn from"):
+        rows_of(tokenizer, tmp_path, task="answer", data={"format": "squad"})
+
+
+# -- rows kept apart ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_whose_label_no_training_row_has_is_trained_on():
+    rows = [TextExample(f"line {i}", ("text",), "rare" if i == 3 else "ab"[i % 2]) for i in range(10)]
+    for share in (0.1, 0.3, 0.9):
+        train, dev = hold_out(rows, share, "classes")
+        assert {"rare"} <= {row.label for row in train} >= {row.label for row in dev}
+        assert sorted(row.where for row in train + dev) == sorted(row.where for row in rows)
+
+
+def test_questions_on_one_context_are_kept_apart_together():
+    rows = [QuestionExample(f"{i}", f"{i}", "who", f"context {i % 4}", ()) for i in range(40)]
+    train, dev = hold_out(rows, 0.25, "classes")
+    assert len(dev) == 10
+    assert {row.context for row in train}.isdisjoint(row.context for row in dev)
+
+
+def test_numbers_need_not_have_been_seen():
+    rows = [TextExample(f"line {i}", ("text",), str(i / 7)) for i in range(20)]
+    assert [len(part) for part in hold_out(rows, 0.25, "number")] == [15, 5]

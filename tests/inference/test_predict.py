@@ -1,0 +1,303 @@
+"""Lines and tables in, JSON lines out, with models trained for seconds."""
+
+import gzip
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import electrax
+from electrax.config import UserError
+from electrax.tasks.answers import question_figures
+from tests.fixtures.finetuning import (
+    MODEL,
+    NOUNS,
+    QUESTIONS,
+    REVIEWS,
+    call,
+    finetuning,
+    results_of,
+    squad,
+    train,
+    write,
+    write_rows,
+)
+
+FAST = {"optimizer": {"learning_rate": 0.01, "layer_decay": 1.0}, "eval": {"every": 1000}}
+
+
+def predict(*words):
+    """The JSON lines of the command."""
+    status, output = call("predict", *words)
+    assert status == 0
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def from_stdin(monkeypatch, text, *words):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode() if isinstance(text, str) else text)))
+    return predict(*words)
+
+
+# -- a classifier ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """The work directory of `finetune csv` on two columns, from random weights; three more rows are its dev set."""
+    folder = tmp_path_factory.mktemp("reviews")
+    write_rows(folder / "reviews.csv", [row for i, row in enumerate(REVIEWS) if i % 7 != 3])
+    write_rows(folder / "dev.csv", REVIEWS[3::7])
+    words = ["--data.dev", "dev.csv", "--steps=100", "--batch_size=8", "--data.shapes=1", "--eval.every=100"]
+    words += [f"--model.{key}={value}" for key, value in MODEL.items()]
+    words += ["--optimizer.learning_rate=0.02", "--optimizer.layer_decay=1", "--workdir", folder / "run"]
+    status, _ = call("finetune", "csv", "--data.path", folder / "reviews.csv", *words)
+    assert status == 0
+    return folder / "run"
+
+
+def test_two_columns_without_pretrained_weights_give_a_classifier_that_is_right(reviews):
+    results = results_of(reviews)
+    assert (results["score"], results["failed"]) == (1.0, [])
+    assert results["confusion"] == [{"class": "no", "as no": 2, "as yes": 0}, {"class": "yes", "as no": 0, "as yes": 1}]
+
+
+LINES = ["the film was good", "the dog was poor", "", "the house was fine"]
+EXPECTED = ["yes", "no", None, "yes"]
+
+
+def assert_lines(found, where):
+    """That the third has an error and the others their labels, in order."""
+    assert [line.get("label") for line in found] == EXPECTED
+    assert found[2].keys() == {"error"} and where in found[2]["error"] and "expected text" in found[2]["error"]
+    for line in found[:2] + found[3:]:
+        assert line.keys() == {"label", "probability", "probabilities"}
+        assert line["probabilities"].keys() == {"no", "yes"}
+        assert line["probability"] == line["probabilities"][line["label"]] == max(line["probabilities"].values()) > 0.8
+        assert sum(line["probabilities"].values()) == pytest.approx(1)
+
+
+def test_a_line_of_text_gives_a_line_in_the_same_order(reviews, tmp_path):
+    write(tmp_path / "a.txt", "".join(line + "\n" for line in LINES))
+    found = predict(reviews, tmp_path / "a.txt")
+    assert_lines(found, "a.txt, line 3: ")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress((tmp_path / "a.txt").read_bytes()))
+    assert [line.get("label") for line in predict(reviews, tmp_path / "a.txt.gz")] == EXPECTED
+
+
+def test_a_row_of_a_table_gives_a_line_whatever_other_columns_there_are(reviews, tmp_path):
+    write_rows(tmp_path / "a.csv", [(i, line) for i, line in enumerate(LINES)], ("number", "text"))
+    assert_lines(predict(reviews, tmp_path / "a.csv"), "a.csv, line 4: ")
+    write_rows(tmp_path / "b.tsv", [(line, "?") for line in LINES], ("review", "label"))
+    assert_lines(predict(reviews, tmp_path / "b.tsv", "--text", "review"), "b.tsv, line 4: ")
+    with pytest.raises(UserError, match="b.tsv: no column 'text'"):
+        predict(reviews, tmp_path / "b.tsv")
+
+
+def test_a_row_that_cannot_be_read_gives_an_error_and_the_rest_go_on(reviews, tmp_path):
+    write(tmp_path / "a.csv", 'n,text\n1,the film was good\n2\n3,"the\ndog was poor"\n4,\x00\n5,the cat was fine\n')
+    found = predict(reviews, tmp_path / "a.csv")
+    assert [line.get("label") for line in found] == ["yes", None, "no", None, "yes"]
+    assert "a.csv, line 3: expected 2 cells, found 1" in found[1]["error"]
+    assert "a.csv, line 6: expected UTF-8 text, found a NUL byte" in found[3]["error"]
+    rows = ['{"text": "the film was good"}', '{"text": "the', '{"text": 3}', '{"text": "the dog was poor"}']
+    write(tmp_path / "a.jsonl", "\n".join(rows) + "\n")
+    found = predict(reviews, tmp_path / "a.jsonl")
+    assert [line.get("label") for line in found] == ["yes", None, None, "no"]
+    assert "a.jsonl, line 2: expected one JSON object a line" in found[1]["error"]
+    assert "a.jsonl, line 3: expected text in column 'text', found 3" in found[2]["error"]
+
+
+def test_lines_of_standard_input_are_told_apart_by_their_numbers(reviews, monkeypatch):
+    found = from_stdin(monkeypatch, "\n".join(LINES), reviews, "-")
+    assert_lines(found, "standard input, line 3: ")
+    found = from_stdin(monkeypatch, b"\xff\nthe film was good\r\nthe dog\twas poor\n", reviews, "-")
+    assert [line.get("label") for line in found] == [None, "yes", "no"]  # a tab is a space to one text
+    assert "standard input, line 1: byte 1: expected UTF-8, found 0xff" in found[0]["error"]
+    assert from_stdin(monkeypatch, "", reviews, "-") == []
+
+
+def test_rows_beyond_those_that_are_read_together_keep_their_order(reviews, monkeypatch):
+    monkeypatch.setattr("electrax.inference.predict.ROWS", 3)
+    lines = ["the film was good", "the cat was bad", "", *["the dog was fine"] * 2, "", "", "", "the play was poor"]
+    found = from_stdin(monkeypatch, "\n".join(lines), reviews, "-")
+    assert [line.get("label") for line in found] == ["yes", "no", None, "yes", "yes", None, None, None, "no"]
+
+
+def test_letters_beyond_ascii_are_written_as_they_are(tmp_path, reviews):
+    status, output = call("predict", reviews, write(tmp_path / "é.txt", "\n"))
+    assert (status, "é.txt, line 1" in output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["RUN"], "predict: expected WORKDIR INPUT"),
+        (["RUN", "gone.txt"], "gone.txt: no such file"),
+        (["RUN", "a.png"], "a.png: expected a name that ends in"),
+        (["gone", "a.txt"], "gone/config.toml: no such file; expected the work directory of an electrax run"),
+        (["RUN", "a.txt", "--txt", "a"], "unknown key txt; did you mean text?"),
+    ],
+)
+def test_what_cannot_be_predicted_at_all_is_an_error(reviews, words, message):
+    with pytest.raises(UserError, match=message):
+        predict(*(reviews if word == "RUN" else word for word in words))
+
+
+def test_a_pretrained_model_predicts_nothing(tmp_path):
+    write(tmp_path / "config.toml", 'task = "pretrain"\nworkdir = "any"\nsteps = 1\n')
+    with pytest.raises(UserError, match="expected the work directory of a fine-tuning; this is one of a pretraining"):
+        predict(tmp_path, write(tmp_path / "a.txt", "the film\n"))
+
+
+# -- pairs and numbers -------------------------------------------------------------------------------------------------
+
+PAIRS = [(f"the {a}", f"a {b}", 100 * i + 25 * j) for i, a in enumerate(NOUNS[:4]) for j, b in enumerate(NOUNS[:4])]
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """The work directory of a regression on pairs, with labels from 0 to 375."""
+    folder = tmp_path_factory.mktemp("numbers")
+    write_rows(folder / "train.tsv", PAIRS, ("s", "t", "likeness"))
+    write_rows(folder / "dev.tsv", PAIRS[::2], ("s", "t", "likeness"))
+    data = {"path": str(folder), "text": ["s", "t"], "label": "likeness"}
+    train(finetuning(folder / "run", data=data, head={"kind": "number"}, steps=10, **FAST))
+    return folder / "run"
+
+
+def test_a_pair_is_two_texts_with_a_tab_between_them(numbers, tmp_path, monkeypatch):
+    lines = "the film\ta story\nthe film\nthe cat\ta dog\ta play\nthe cat\t \nthe cat\ta dog\n"
+    found = from_stdin(monkeypatch, lines, numbers, "-")
+    assert [list(line) for line in found] == [["value"], ["error"], ["error"], ["error"], ["value"]]
+    assert found[2]["error"] == "standard input, line 3: expected 2 texts with a tab between them, found 3"
+    assert predict(numbers, write(tmp_path / "a.txt", lines))[4] == found[4]
+    write_rows(tmp_path / "a.tsv", [("the film", "a story"), ("the cat", "a dog")], ("s", "t"))
+    assert predict(numbers, tmp_path / "a.tsv") == [found[0], found[4]]
+    # order matters
+    assert from_stdin(monkeypatch, "a dog\tthe cat\n", numbers, "-") != [found[4]]
+
+
+def test_predicted_numbers_are_in_the_units_of_the_labels(numbers, tmp_path):
+    rows = PAIRS[::2]
+    found = [line["value"] for line in predict(numbers, write_rows(tmp_path / "a.tsv", rows, ("s", "t", "likeness")))]
+    expected = np.array([label for _, _, label in rows])
+    assert json.loads((numbers / "head.json").read_text())["scale"] == 375.0
+    results = results_of(numbers)
+    assert results["metrics"]["mse"] == pytest.approx(np.mean((found - expected) ** 2), rel=1e-4)
+    assert results["metrics"]["loss"] == pytest.approx(results["metrics"]["mse"] / 375**2, rel=1e-4)
+    assert results["metrics"]["pearson"] == pytest.approx(np.corrcoef(found, expected)[0, 1], abs=1e-3)
+
+
+# -- tags --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory):
+    """The work directory of a tagger that knows animals, some of them red."""
+    folder = tmp_path_factory.mktemp("tags")
+    animals = [f"the O\n{noun} B-ANIMAL\nsat O\n\nthe O\nred B-ANIMAL\n{noun} I-ANIMAL\nran O\n" for noun in NOUNS[3:5]]
+    others = [f"the O\n{noun} O\nwas O\ngood O\n" for noun in (*NOUNS[:3], "house")]
+    for name in ("train.txt", "dev.txt"):
+        write(folder / name, "\n".join([*animals, *others]))
+    train(finetuning(folder / "run", task="tag", data={"path": str(folder), "format": "conll"}, steps=60, **FAST))
+    return folder / "run"
+
+
+def test_a_tagger_gives_every_word_its_tag_and_the_spans_they_mark(tagger, tmp_path):
+    assert results_of(tagger)["score"] == 1.0
+    write(tmp_path / "a.txt", "the red cat ran\n\nthe film was good\n")
+    found = predict(tagger, tmp_path / "a.txt")
+    assert found[0]["word"] == ["the", "red", "cat", "ran"]
+    assert found[0]["tag"] == ["O", "B-ANIMAL", "I-ANIMAL", "O"]
+    assert all(0.5 < share <= 1 for share in found[0]["probability"])
+    assert found[0]["entities"] == [{"type": "ANIMAL", "start": 1, "end": 3}]
+    assert "a.txt, line 2" in found[1]["error"]
+    assert (found[2]["tag"], found[2]["entities"]) == (["O"] * 4, [])
+
+
+def test_a_tagger_reads_the_words_of_a_column(tagger, tmp_path):
+    write_rows(tmp_path / "a.csv", [("the dog sat", 1)], ("text", "n"))
+    assert [line["tag"] for line in predict(tagger, tmp_path / "a.csv")] == [["O", "B-ANIMAL", "O"]]
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+ASKED = [*QUESTIONS[:12], *((f"n{id}", "why", context, "") for id, _, context, _ in QUESTIONS[:4])]
+TOLD = QUESTIONS[12:18] + [("long", "who ran", "the cat sat " * 20 + "and the dog ran", "the dog")]
+TOLD += [(f"n{i}", "why", context, "") for i, (_, _, context, _) in enumerate(TOLD)]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The work directory of a question answerer that may say nothing."""
+    folder = tmp_path_factory.mktemp("answers")
+    write(folder / "train.json", squad(ASKED))
+    write(folder / "dev.json", squad(TOLD))
+    data = {"path": str(folder), "format": "squad", "doc_stride": 4}
+    train(finetuning(folder / "run", task="answer", head={"no_answer": True}, data=data, steps=20, **FAST))
+    return folder / "run"
+
+
+def golds(told):
+    return {id: [answer] if answer else [] for id, _, _, answer in told}
+
+
+def test_predicted_answers_score_as_the_evaluation_says(reader):
+    """The null threshold, of which results.json has the best, is the model's in both."""
+    found = predict(reader, reader.parent / "dev.json")
+    assert [line["id"] for line in found] == [id for id, *_ in TOLD]
+    figures = question_figures({line["id"]: line["text"] for line in found}, golds(TOLD))
+    results = results_of(reader)["metrics"]
+    assert {name: results[name] for name in figures} == figures
+    assert results["NoAns_total"] == 7.0
+    assert figures["f1"] == results["best_f1"]
+    scores = sorted(line["null_score"] for line in found)
+    threshold = json.loads((reader / "head.json").read_text())["null_threshold"]
+    # between two scores, so that rounding decides nothing
+    below, above = (scores[np.searchsorted(scores, threshold) + step] for step in (-1, 0))
+    assert threshold == pytest.approx((below + above) / 2, rel=1e-5)
+    assert below == pytest.approx(results["best_f1_thresh"], rel=1e-5)
+
+
+def test_evaluate_gives_the_figures_of_the_results(reader):
+    before = (reader / "head.json").read_text()
+    status, output = call("evaluate", reader)
+    assert status == 0
+    for name, value in results_of(reader)["metrics"].items():
+        assert f" {name} " in output and f" {value:.4f} " in output
+    assert (reader / "head.json").read_text() == before
+
+
+def test_an_answer_is_a_part_of_its_context_or_empty(reader):
+    for line, (_, _, context, _) in zip(predict(reader, reader.parent / "dev.json"), TOLD, strict=True):
+        assert line.keys() == {"id", "text", "start", "end", "probability", "null_score"}
+        assert line["text"] == context[line["start"] : line["end"]]
+
+
+def test_questions_come_from_a_table_or_lines_too(reader, tmp_path, monkeypatch):
+    rows = [(context, question) for _, question, context, _ in TOLD]
+    write_rows(tmp_path / "a.csv", [*rows[:2], ("the cat", ""), *rows[2:]], ("context", "question"))
+    found = predict(reader, tmp_path / "a.csv")
+    assert found[2].keys() == {"error"} and "a.csv, line 4" in found[2].pop("error")
+    expected = predict(reader, reader.parent / "dev.json")
+
+    def answers(lines):
+        return [(line["text"], line["start"]) for line in lines if line]
+
+    assert answers(found) == answers(expected)
+    lines = "".join(f"{question}\t{context}\n" for context, question in rows)
+    assert answers(from_stdin(monkeypatch, lines, reader, "-")) == answers(expected)
+    with pytest.raises(UserError, match="expected the columns of question and context, found question"):
+        predict(reader, tmp_path / "a.csv", "--text", "question")
+
+
+def test_a_model_as_an_object_says_the_same(reader, numbers, reviews):
+    _, question, context, _ = TOLD[0]
+    line = predict(reader, reader.parent / "dev.json")[0]
+    found = electrax.load(reader).answer(question, context)
+    assert found[:3] == (line["text"], line["start"], line["end"])
+    assert found[3:] == pytest.approx((line["probability"], line["null_score"]), rel=1e-3)
+    assert electrax.load(reviews).predict(["the film was good"])[0]["label"] == "yes"
+    assert electrax.load(numbers).predict([("the cat", "a dog")])[0].keys() == {"value"}
