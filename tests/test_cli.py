@@ -16,6 +16,7 @@ import pytest
 import electrax
 from electrax import cli
 from electrax.config import UserError, find_config
+from electrax.report.common import alone
 
 TOML = """# a run of four steps
 steps = 4
@@ -289,6 +290,11 @@ def test_a_key_that_would_change_a_run_is_an_error_that_names_it(trained, folder
     with pytest.raises(UserError, match=message):
         call("pretrain", trained[0] / "config.toml", *words)
     assert (trained[0] / "config.toml").read_text() == before
+
+
+def test_a_second_run_in_one_work_directory_is_refused(trained):
+    with alone(trained[0]), pytest.raises(UserError, match="another run is at work in it"):
+        call("pretrain", trained[0] / "config.toml")
 
 
 def test_a_text_is_prepared_into_the_work_directory_and_its_settings_cannot_change_then(folder, tmp_path):

@@ -123,7 +123,7 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] = lambda
             raise UserError(f"{source.name}: expected text, found an empty file")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with locked(partial):
+        with locked(partial, "`prepare`"):
             return _prepare(config, sources, out, partial, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -91,13 +91,13 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Two runs in one directory would spoil each other's shards."""
+def locked(directory: Path, work: str) -> Iterator[None]:
+    """Two runs in one directory would spoil each other's files: the second gets a UserError that names the `work`."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f"{directory}: another `prepare` is at work in it") from None
+        raise UserError(f"{directory}: another {work} is at work in it") from None
     finally:
         os.close(descriptor)

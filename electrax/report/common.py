@@ -1,12 +1,13 @@
 """What the reports of all tasks share: the console, the first lines, training with its progress, the results file."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from electrax.data.shards import write_atomically
+from electrax.data.shards import locked, write_atomically
 from electrax.experiment.run import RESULTS_FILE, Run
 from electrax.models.flops import peak_flops
 from electrax.training.loop import Interrupted, Record
@@ -86,6 +87,15 @@ class StopSignal:
 
     def __call__(self) -> bool:
         return self.asked
+
+
+@contextlib.contextmanager
+def alone(workdir: str | os.PathLike) -> Iterator[None]:
+    """Makes the work directory, and lets no other run into it as long as this one is at work."""
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir, "run") if jax.process_index() == 0 else contextlib.nullcontext():
+        yield
 
 
 def train_and_track(run: Run, command: str) -> Record | None:

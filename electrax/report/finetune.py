@@ -16,6 +16,7 @@ from electrax.experiment.rows import TaskRows
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run, check_continued, holds_run
 from electrax.report.common import (
     INTERRUPTED,
+    alone,
     console,
     show_line,
     show_machine,
@@ -88,6 +89,11 @@ def is_of(config: FinetuneConfig) -> bool:
 
 def train_one(config: FinetuneConfig, command: str) -> dict[str, Any] | None:
     """Trains and reports one model; its results, or None after a stop that saved."""
+    with alone(config.workdir):
+        return _train_one(config, command)
+
+
+def _train_one(config: FinetuneConfig, command: str) -> dict[str, Any] | None:
     run, rows = set_up(config)
     show_preflight(run, rows)
     final = train_and_track(run, command)

@@ -14,6 +14,7 @@ from electrax.experiment.pretrain import PretrainConfig, evaluate_newest, set_up
 from electrax.experiment.run import Run
 from electrax.report.common import (
     INTERRUPTED,
+    alone,
     console,
     show_line,
     show_machine,
@@ -108,12 +109,13 @@ def expected_first_loss(run: Run) -> str:
 
 def pretrain_and_report(config: PretrainConfig, command: str) -> int:
     """The command `pretrain`: sets up, trains, reports. Returns the exit status."""
-    run = set_up(config, PrepareProgress())
-    show_preflight(run)
-    final = train_and_track(run, command)
-    if final is None:
-        return INTERRUPTED
-    write_results(run.config.workdir, {"step": final.step, **final.figures})
+    with alone(config.workdir):
+        run = set_up(config, PrepareProgress())
+        show_preflight(run)
+        final = train_and_track(run, command)
+        if final is None:
+            return INTERRUPTED
+        write_results(run.config.workdir, {"step": final.step, **final.figures})
     show_final(run.task, run.tokenizer, final)
     return 0
 

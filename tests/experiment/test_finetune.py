@@ -320,6 +320,11 @@ def test_a_set_of_seeds_cannot_go_on_with_other_settings(config, seeds):
     assert (workdir / "config.toml").read_text() == before
 
 
+def test_a_run_of_one_seed_is_not_continued_as_several(config, straight):
+    with pytest.raises(UserError, match="holds a run of one seed; take another workdir for several"):
+        train(config(straight, seed=1, seeds=2))
+
+
 def summary(scores, metric="accuracy"):
     runs = {f"seed-{i}": {"task": "classify", "metric": metric, "score": score, "failed": [], "metrics": {"n": i}}
             for i, score in enumerate(scores)}  # fmt: skip
