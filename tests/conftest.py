@@ -5,6 +5,8 @@ import pathlib
 
 # compiling is most of what tests do; the least optimisation gives the same numbers sooner, in child processes too
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# eight devices on a busy machine of two cores may wait for each other longer than the 40 s after which XLA aborts
+os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
