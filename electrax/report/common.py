@@ -91,11 +91,18 @@ class StopSignal:
 
 @contextlib.contextmanager
 def alone(workdir: str | os.PathLike) -> Iterator[None]:
-    """Makes the work directory, and lets no other run into it as long as this one is at work."""
+    """Makes the work directory, and lets no other run into it as long as this one is at work. A directory that nothing
+    came into, because the input is wrong, goes again."""
     workdir = pathlib.Path(workdir)
+    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
     workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir, "run") if jax.process_index() == 0 else contextlib.nullcontext():
-        yield
+    try:
+        with locked(workdir, "run") if jax.process_index() == 0 else contextlib.nullcontext():
+            yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def train_and_track(run: Run, command: str) -> Record | None:
