@@ -168,7 +168,7 @@ def fresh_layer(config):
 WIDE = EncoderConfig(vocab_size=128, layers=2, width=32, heads=2, feed_forward=64, embedding_width=24, max_length=64)
 
 
-def std_of(values, expected):
+def assert_std(values, expected):
     """The sample's standard deviation is within five of its own standard errors of the expected one."""
     values = np.asarray(values).ravel()
     assert abs(values.std() / expected - 1) < 5 / math.sqrt(2 * values.size)
@@ -180,7 +180,7 @@ def test_tables_and_kernels_start_normal_with_sigma_002_cut_at_two_sigma():
     kernels = [layer["attention"]["qkv"], layer["attention"]["output"], layer["up"], layer["down"]]
     for values in [params["word"], params["position"], *[k["kernel"] for k in kernels]]:
         # a normal cut at two sigma has 0.8796 of its standard deviation
-        std_of(values, 0.0176)
+        assert_std(values, 0.0176)
         assert 0.039 < np.abs(values).max() <= 0.04
         assert abs(np.mean(values)) < 5 * 0.0176 / math.sqrt(values.size)
     assert 0 < np.abs(params["type"]).max() <= 0.04
@@ -190,7 +190,7 @@ def test_the_projection_starts_glorot_uniform():
     kernel = np.asarray(fresh_layer(WIDE)["embeddings_project"]["kernel"])
     bound = math.sqrt(6 / (24 + 32))
     assert 0.98 * bound < np.abs(kernel).max() <= bound
-    std_of(kernel, bound / math.sqrt(3))
+    assert_std(kernel, bound / math.sqrt(3))
 
 
 @pytest.mark.parametrize("body", ["electra", "modern"])
@@ -212,11 +212,11 @@ def test_the_modern_body_starts_with_variance_one_over_fan_in_less_towards_the_r
     params = fresh_layer(dataclasses.replace(WIDE, body="modern"))
     layer = params["layer_0"]
     for kernel in (layer["attention"]["qkv"], layer["gate"], layer["up"]):
-        std_of(kernel["kernel"], 32**-0.5)
+        assert_std(kernel["kernel"], 32**-0.5)
     # two layers: 1 / √(2 · 2) of it
-    std_of(layer["attention"]["output"]["kernel"], 32**-0.5 / 2)
-    std_of(layer["down"]["kernel"], 64**-0.5 / 2)
-    std_of(params["word"], 24**-0.5)
+    assert_std(layer["attention"]["output"]["kernel"], 32**-0.5 / 2)
+    assert_std(layer["down"]["kernel"], 64**-0.5 / 2)
+    assert_std(params["word"], 24**-0.5)
 
 
 def test_the_cut_of_the_normal_is_not_corrected_for():
