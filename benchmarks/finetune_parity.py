@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from benchmarks import report
 from benchmarks.transformers_weights import torch_classifier
-from electrax.data.encoded import cache_folder
+from electrax.cli import use_compilation_cache
 from electrax.data.glue import GLUE
 from electrax.experiment.finetune import (
     FinetuneConfig,
@@ -267,9 +267,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    cache = cache_folder() / "jax"  # so that the seeds share their compilations
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    use_compilation_cache()  # which the seeds share
     settings = {name: value for name, value in vars(options).items() if name not in ("tasks", "seeds")}
     tasks = earlier(settings)
     together: dict[str, Any] = {}

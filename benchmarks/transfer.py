@@ -12,6 +12,7 @@ import pathlib
 import statistics
 
 from benchmarks.report import environment, write
+from electrax.cli import use_compilation_cache
 from electrax.config import find_config, load
 from electrax.experiment.finetune import SHAPE, FinetuneConfig, read_config
 from electrax.report.common import show_table
@@ -46,12 +47,14 @@ def configs(arguments: argparse.Namespace, name: str) -> dict[str, FinetuneConfi
 
 
 def measure(config: FinetuneConfig) -> dict:
-    """Metric, scores, mean and standard deviation of one side of a task."""
+    """Metric, scores, mean and standard deviation of one side of a task, and how long it was trained."""
     workdir = pathlib.Path(config.workdir)
     if read_results(workdir) is None and finetune_and_report(config, "the same command"):
         raise SystemExit("stopped; the same command continues")
     results = read_results(workdir)
-    return {key: results.get(key) for key in ("metric", "scores", "mean", "std", "failed")}
+    trained = read_config(workdir)  # a finished one may have been trained with another limit
+    found = {key: results.get(key) for key in ("metric", "scores", "mean", "std", "failed")}
+    return found | {"epochs": trained.epochs, "training_rows": trained.data.limit or "all", "steps": results["step"]}
 
 
 def main() -> None:
@@ -67,6 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("--seeds must be at least 2")
+    use_compilation_cache()
     results: dict = environment() | {"tasks": {}}
     for name in arguments.tasks:
         results["tasks"][name] = {start: measure(config) for start, config in configs(arguments, name).items()}

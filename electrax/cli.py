@@ -78,7 +78,7 @@ def _help(cls: type, program: str, arguments: Sequence[str]) -> bool:
     return True
 
 
-def _start_jax() -> None:
+def use_compilation_cache() -> None:
     """Compiled programs are kept in the user's cache directory, so that the next start is quick."""
     import jax
 
@@ -124,7 +124,7 @@ def pretrain_command(arguments: Sequence[str]) -> int:
     if _help(PretrainConfig, "electrax pretrain CONFIG", arguments):
         return 0
     config = _config(PretrainConfig, "pretrain", arguments)
-    _start_jax()
+    use_compilation_cache()
     from electrax.report.pretrain import pretrain_and_report
 
     return pretrain_and_report(config, shlex.join(["electrax", "pretrain", *arguments]))
@@ -140,14 +140,14 @@ def finetune_command(arguments: Sequence[str]) -> int:
         if _help(GlueConfig, f"electrax finetune {arguments[0]}", arguments):
             return 0
         config = _config(GlueConfig, "finetune", arguments)
-        _start_jax()
+        use_compilation_cache()
         from electrax.report.glue import glue_and_report
 
         return glue_and_report(config, command)
     if _help(FinetuneConfig, "electrax finetune CONFIG", arguments):
         return 0
     config = _config(FinetuneConfig, "finetune", arguments)
-    _start_jax()
+    use_compilation_cache()
     from electrax.report.finetune import finetune_and_report
 
     return finetune_and_report(config, command)
@@ -176,7 +176,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     if _help(kind, f"electrax evaluate {names[0]}", arguments):
         return 0
     config = load(kind, pathlib.Path(names[0]) / CONFIG_FILE, [*options, f"--workdir={names[0]}"])
-    _start_jax()
+    use_compilation_cache()
     from electrax.report import finetune, pretrain
 
     report = finetune if kind is FinetuneConfig else pretrain
@@ -195,7 +195,7 @@ def predict_command(arguments: Sequence[str]) -> int:
             "predict: expected WORKDIR INPUT (a file, or - for lines of standard input), then --key value …"
         )
     config = build(PredictConfig, {**parse_overrides(options), "model": words[0], "input": words[1]}, "command line")
-    _start_jax()
+    use_compilation_cache()
     from electrax.experiment.finetune import text_columns
     from electrax.experiment.saved import load
     from electrax.inference.predict import predict_lines
