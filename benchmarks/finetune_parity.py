@@ -28,13 +28,8 @@ from benchmarks import report
 from benchmarks.transformers_weights import torch_classifier
 from electrax.cli import use_compilation_cache
 from electrax.data.glue import GLUE
-from electrax.experiment.finetune import (
-    FinetuneConfig,
-    FinetuneOptimizerConfig,
-    HeadConfig,
-    read_config,
-    set_up,
-)
+from electrax.experiment.config import FinetuneConfig, FinetuneOptimizerConfig, HeadConfig, read_config
+from electrax.experiment.finetune import set_up
 from electrax.experiment.rows import ExamplesConfig
 from electrax.experiment.run import Run
 from electrax.models.sizes import ModelConfig

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from benchmarks.report import alternate, environment, percentiles, write
-from electrax.experiment.finetune import FinetuneOptimizerConfig
+from electrax.experiment.config import FinetuneOptimizerConfig
 from electrax.models.encoder import EncoderConfig
 from electrax.models.flops import encoder_forward, peak_flops
 from electrax.models.sizes import ModelConfig, discriminator_shape

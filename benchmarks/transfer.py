@@ -14,7 +14,8 @@ import statistics
 from benchmarks.report import environment, write
 from electrax.cli import use_compilation_cache
 from electrax.config import find_config, load
-from electrax.experiment.finetune import SHAPE, FinetuneConfig, read_config
+from electrax.experiment.config import FinetuneConfig, read_config
+from electrax.experiment.finetune import SHAPE
 from electrax.report.common import show_table
 from electrax.report.finetune import finetune_and_report, read_results
 

@@ -119,7 +119,7 @@ def _config(cls: type, kind: str, arguments: Sequence[str]):
 
 
 def pretrain_command(arguments: Sequence[str]) -> int:
-    from electrax.experiment.pretrain import PretrainConfig
+    from electrax.experiment.config import PretrainConfig
 
     if _help(PretrainConfig, "electrax pretrain CONFIG", arguments):
         return 0
@@ -131,7 +131,7 @@ def pretrain_command(arguments: Sequence[str]) -> int:
 
 
 def finetune_command(arguments: Sequence[str]) -> int:
-    from electrax.experiment.finetune import FinetuneConfig
+    from electrax.experiment.config import FinetuneConfig
 
     command = shlex.join(["electrax", "finetune", *arguments])
     if _is_glue(arguments):
@@ -163,8 +163,7 @@ def _is_glue(arguments: Sequence[str]) -> bool:
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     from electrax.config import load
-    from electrax.experiment.finetune import FinetuneConfig, read_config
-    from electrax.experiment.pretrain import PretrainConfig
+    from electrax.experiment.config import FinetuneConfig, PretrainConfig, read_config
     from electrax.experiment.run import CONFIG_FILE
 
     names, options = _positional(arguments)

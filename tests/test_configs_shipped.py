@@ -13,9 +13,9 @@ import pytest
 
 from electrax.config import find_config, load
 from electrax.data.glue import GLUE
-from electrax.experiment.finetune import FinetuneConfig
+from electrax.experiment.config import FinetuneConfig, PretrainConfig
 from electrax.experiment.glue import GlueConfig
-from electrax.experiment.pretrain import PretrainConfig, make_task
+from electrax.experiment.pretrain import make_task
 from tests.fixtures.finetuning import (
     GLUE_FILES,
     NOUNS,

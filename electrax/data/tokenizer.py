@@ -18,6 +18,7 @@ SPECIAL_NAMES = {
     "mask": ("[MASK]", "<mask>"),
 }
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]
+LONGEST_WORD = 200  # characters, the reference's
 KINDS = ("wordpiece", "bpe", "unigram", "sentencepiece-bpe")
 HUGGING_FACE_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 
@@ -52,10 +53,13 @@ class Tokenizer:
         self._leaks = any(not self._forbidden.isdisjoint(self._offsets(name)[0]) for name in self._special)
 
     @staticmethod
-    def load(path: str | Path, lowercase: bool = True, strip_accents: bool | None = None) -> "Tokenizer":
+    def load(
+        path: str | Path, lowercase: bool = True, strip_accents: bool | None = None, longest_word: int = LONGEST_WORD
+    ) -> "Tokenizer":
         """Read `vocab.txt` (BERT's WordPiece), `tokenizer.json`, a SentencePiece `.model`, or a directory with one.
 
-        `lowercase` and `strip_accents` (None: as lowercase) apply to a `.txt` vocabulary only; the others carry theirs.
+        `lowercase`, `strip_accents` (None: as lowercase) and `longest_word` (characters; one beyond is [UNK]) apply to
+        a `.txt` vocabulary only; the others carry theirs.
         """
         path = Path(path)
         if path.is_dir():
@@ -74,7 +78,8 @@ class Tokenizer:
             case ".model":
                 return _from_model(data, str(path))
             case ".txt":
-                return _from_json(_wordpiece(_read_vocabulary(data, path), lowercase, strip_accents), str(path))
+                vocabulary = _read_vocabulary(data, path)
+                return _from_json(_wordpiece(vocabulary, lowercase, strip_accents, longest_word), str(path))
         raise UserError(f"{path}: expected a tokenizer file ending in .json, .model or .txt")
 
     @staticmethod
@@ -203,12 +208,14 @@ def _read_vocabulary(data: bytes, path: Path) -> dict[str, int]:
     return vocabulary
 
 
-def _wordpiece(vocabulary: dict[str, int], lowercase: bool, strip_accents: bool | None) -> str:
+def _wordpiece(
+    vocabulary: dict[str, int], lowercase: bool, strip_accents: bool | None, longest_word: int = LONGEST_WORD
+) -> str:
     """BERT's tokenizer as a tokenizer.json: its normalizer, its splitting at punctuation, greedy WordPiece."""
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    backend = HuggingFace(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=200))
+    backend = HuggingFace(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=longest_word))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()

@@ -5,19 +5,18 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from electrax.config import UserError, build, read_toml
+from electrax.config import UserError
 from electrax.data.examples import BadRows, Example
 from electrax.data.glue import GLUE
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment.pretrain import PretrainConfig
+from electrax.experiment.config import FinetuneConfig, read_config
 from electrax.experiment.rows import (
-    ExamplesConfig,
     TaskRows,
     answer_rows,
     classify_rows,
@@ -26,7 +25,6 @@ from electrax.experiment.rows import (
     texts_of,
 )
 from electrax.experiment.run import (
-    CONFIG_FILE,
     RESULTS_FILE,
     Run,
     assemble,
@@ -40,18 +38,13 @@ from electrax.inference.classifier import Classifier
 from electrax.inference.reader import Reader
 from electrax.inference.tagger import Tagger
 from electrax.models.flops import encoder_forward
-from electrax.models.heads import HeadStyle
-from electrax.models.sizes import ModelConfig, discriminator_shape
+from electrax.models.sizes import discriminator_shape
 from electrax.tasks.answer import AnswerTask
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
 from electrax.tasks.finetune import FinetuneTask
 from electrax.tasks.tag import TagTask
-from electrax.training.checkpoint import CheckpointConfig
 from electrax.training.evaluate import make_evaluate
-from electrax.training.loop import LogConfig
-from electrax.training.optim import OptimizerConfig
-from electrax.training.sharding import MeshConfig
 from electrax.training.tracking import Record
 
 HEAD_FILE = "head.json"  # what the head's outputs mean
@@ -66,109 +59,6 @@ PAPER = {
 NULL_THRESHOLDS = {"joint": -2.75, "plain": 0.0}  # the reference's, and that of equal scores
 # keys of [model] that belong to the pretrained weights; the others are free in fine-tuning
 SHAPE = ("size", "body", "layers", "width", "heads", "feed_forward", "embedding_width", "max_length", "qk_norm")
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneOptimizerConfig(OptimizerConfig):
-    """As in pretraining, with fine-tuning's defaults."""
-
-    learning_rate: float = 0.0  # 0: the paper's for the model's size
-    layer_decay: float = 0.0  # 0: the paper's for the model's size
-    warmup_steps: float = 0.0
-    warmup_share: float = 0.1  # of all steps, where warmup_steps is 0
-    weight_decay: float = 0.0  # the paper's; faithful makes it the reference's 0.01
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneEvalConfig:
-    every: int = 0  # steps; 0: once an epoch
-    patience: int = 0  # evaluations without a better score after which training ends and the best is kept; 0: never
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneCheckpointConfig(CheckpointConfig):
-    every: int = 0  # steps; 0: with each evaluation
-    keep: int = 2  # latest ones; the best evaluated one stays beside them
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadConfig:
-    """What the head's outputs are; the sizes come from the data."""
-
-    kind: Literal["classes", "labels", "number", "choice"] = "classes"  # one class, several labels, a number, a choice
-    style: HeadStyle = "linear"  # dense: as Transformers' classification head
-    spans: Literal["joint", "plain"] = "joint"  # the paper's head of question answering, or two logits a token
-    no_answer: bool = False  # questions may be without an answer (SQuAD 2.0)
-    null_threshold: float | None = None  # a null score above it means no answer; default: joint -2.75, plain 0
-    max_answer: int = 30  # tokens
-    n_best: int = 20  # answers kept of a question
-    constrained: bool = True  # only tag sequences that the scheme allows
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherConfig:
-    """Learning from a fine-tuned classifier's probabilities too."""
-
-    path: str = ""  # its work directory
-    weight: float = 0.5  # of its part in the loss
-    temperature: float = 2.0
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-    """A fine-tuning run. Without `init_from` the model of [model] starts from random weights."""
-
-    task: Literal["classify", "tag", "answer"] = "classify"  # texts, words, or questions on a text
-    workdir: str = ""  # where everything of the run is kept; a run that is there is continued
-    seed: int = 0  # of the head, data order and dropout
-    seeds: int = 1  # models to train, with seed, seed + 1, …
-    steps: int = 0  # updates; 0: as epochs say
-    epochs: float = 3.0  # over the training rows
-    batch_size: int = 32  # rows of a step, over all devices
-    init_from: str = ""  # work directory of a pretraining or a fine-tuning
-    faithful: bool = False  # the reference's way: summed loss, layer-wise decay off by one
-    metric: str = ""  # the score; default: the benchmark's own, or accuracy, f1 (tags, answers), spearman, micro_f1
-    freeze_embeddings: bool = False  # they and their projection stay as they are
-    freeze_layers: int = 0  # so many layers stay as they are, from the first on
-    model: ModelConfig = ModelConfig()
-    head: HeadConfig = HeadConfig()
-    data: ExamplesConfig = ExamplesConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
-    checkpoint: FinetuneCheckpointConfig = FinetuneCheckpointConfig()
-    eval: FinetuneEvalConfig = FinetuneEvalConfig()
-    log: LogConfig = LogConfig()
-    mesh: MeshConfig = MeshConfig()
-
-    def __post_init__(self):
-        if not self.workdir:
-            raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
-        if self.steps <= 0 and self.epochs <= 0:
-            raise UserError(f"steps or epochs must be above 0, not {self.steps} and {self.epochs}")
-        for key, value in {"batch_size": self.batch_size, "seeds": self.seeds, "log.every": self.log.every}.items():
-            if value < 1:
-                raise UserError(f"{key} must be at least 1, not {value}")
-        if self.task == "classify" and self.data.format == "table":
-            texts, choice = len(self.data.text), self.head.kind == "choice"
-            if (texts < 3) if choice else texts not in (1, 2):
-                expected = "a context and two choices or more" if choice else "one column, or two of a pair"
-                raise UserError(f"data.text names {texts} columns; expected {expected}")
-        if self.task != "classify" and (self.teacher.path or self.head.style != "linear"):
-            raise UserError(f"teacher.path and head.style are for the task classify, not {self.task}")
-        if not 0 <= self.teacher.weight <= 1 or self.teacher.temperature <= 0:
-            raise UserError("teacher.weight must lie between 0 and 1, and teacher.temperature above 0")
-
-
-AnyConfig = PretrainConfig | FinetuneConfig
-
-
-def read_config(workdir: str | os.PathLike) -> AnyConfig:
-    """The resolved config of a run; raises UserError where the directory holds none."""
-    path = pathlib.Path(workdir) / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected the work directory of an electrax run")
-    values = read_toml(path)
-    return build(PretrainConfig if values.get("task") == "pretrain" else FinetuneConfig, values, str(path))
 
 
 # -- what it starts from -----------------------------------------------------------------------------------------------

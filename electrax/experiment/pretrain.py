@@ -5,7 +5,6 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import numpy as np
@@ -15,77 +14,19 @@ from electrax.config import UserError
 from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
 from electrax.data.prepare import PrepareConfig, Progress, prepare
 from electrax.data.tokenizer import Tokenizer
+from electrax.experiment.config import PretrainConfig
 from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for, own_rows
-from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
+from electrax.models.sizes import discriminator_shape, generator_shape
 from electrax.tasks.base import Params
 from electrax.tasks.corruption import slot_count
-from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
-from electrax.training.checkpoint import CheckpointConfig
+from electrax.tasks.pretrain import PretrainTask, SpecialIds
 from electrax.training.evaluate import make_evaluate
-from electrax.training.loop import EvalConfig, LogConfig
-from electrax.training.optim import OptimizerConfig
-from electrax.training.sharding import MeshConfig, make_mesh
+from electrax.training.sharding import make_mesh
 from electrax.training.tracking import Record
 
 # entered around a preparation, gives what `prepare` reports its progress to
 Watcher = contextlib.AbstractContextManager[Callable[[Progress], None]]
 QUIET: Watcher = contextlib.nullcontext(lambda _: None)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The text. What is not prepared yet is prepared into the work directory first, as these keys say; a prepared
-    directory's manifest says them itself."""
-
-    path: str = ""  # a prepared directory, a text file, a folder, a glob, or "sample"
-    tokenizer: str = "wordpiece"  # wordpiece, bpe, unigram or sentencepiece-bpe to train one, or a path to load one
-    vocab_size: int = 30522  # of a tokenizer to train
-    lowercase: bool = True  # for wordpiece and vocab.txt
-    layout: Literal["packed", "segments"] = "packed"  # documents end to end, or the reference's sentence pairs
-    max_length: int = 128  # tokens in a row
-    holdout: float = 0.01  # share of documents kept for evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """A pretraining run. `steps`, or `epochs` over the training rows."""
-
-    task: Literal["pretrain"] = "pretrain"
-    workdir: str = ""  # where everything of the run is kept; a run that is there is continued
-    seed: int = 0  # of weights, data order, masks, samples and dropout
-    steps: int = 0  # updates
-    epochs: float = 0.0  # over the training rows, instead of steps
-    batch_size: int = 128  # rows of a step, over all devices
-    init_from: str = ""  # work directory of a run to take the weights from
-    faithful: bool = False  # the reference's known flaws too
-    model: ModelConfig = ModelConfig()
-    generator: GeneratorConfig = GeneratorConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
-    mesh: MeshConfig = MeshConfig()
-
-    def __post_init__(self):
-        if not self.workdir:
-            raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
-        if (self.steps > 0) == (self.epochs > 0):
-            raise UserError(
-                f"exactly one of steps and epochs must be above 0, not steps {self.steps} and epochs {self.epochs}"
-            )
-        for key, value in {
-            "batch_size": self.batch_size,
-            "log.every": self.log.every,
-            "eval.every": self.eval.every,
-            "checkpoint.every": self.checkpoint.every,
-        }.items():
-            if value < 1:
-                raise UserError(f"{key} must be at least 1, not {value}")
-        for key in ("mask_prob", "keep_prob", "random_prob"):
-            if not 0 <= getattr(self.objective, key) <= 1:
-                raise UserError(f"objective.{key} must lie between 0 and 1, not {getattr(self.objective, key)}")
 
 
 def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConfig, Corpus]:

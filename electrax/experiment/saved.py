@@ -4,6 +4,7 @@ import os
 
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment import finetune, pretrain
+from electrax.experiment.config import FinetuneConfig, read_config
 from electrax.experiment.run import load_params
 from electrax.inference.classifier import Classifier
 from electrax.inference.model import PretrainedModel
@@ -14,8 +15,8 @@ from electrax.inference.tagger import Tagger
 def load(workdir: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | Reader:
     """A trained model from the work directory of a run: of a pretraining its newest whole checkpoint, of a fine-tuning
     the one its results were measured on (of several seeds the best)."""
-    config = finetune.read_config(workdir)
-    if isinstance(config, finetune.FinetuneConfig):
+    config = read_config(workdir)
+    if isinstance(config, FinetuneConfig):
         return finetune.load(workdir)
     tokenizer = Tokenizer.load(workdir)
     task = pretrain.make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)

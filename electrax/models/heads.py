@@ -10,14 +10,15 @@ from electrax.models.dropout import Seed, dropout, fold
 from electrax.models.encoder import EncoderConfig, gelu
 from electrax.models.linear import Linear
 
-HeadStyle = Literal["linear", "dense"]
+HeadStyle = Literal["linear", "dense", "pooled"]
 
 
 class OutputHead(nn.Module):
     """Hidden states [B, …, D] -> float32 logits [B, …, outputs].
 
     `linear`: dropout and one layer, as the reference; `dense`: dropout, a layer with GELU, dropout and the output
-    layer, as Transformers' classification head. TensorFlow's default initialiser, as in the reference.
+    layer, as Transformers' head for ELECTRA; `pooled`: a layer with tanh, dropout and the output layer, as for BERT.
+    TensorFlow's default initialiser, as in the reference.
     """
 
     config: EncoderConfig
@@ -27,9 +28,10 @@ class OutputHead(nn.Module):
     @nn.compact
     def __call__(self, hidden: Float[Array, "B *rest D"], seed: Seed | None = None) -> Float[Array, "B *rest C"]:
         c = self.config
-        x = dropout(hidden, c.dropout, fold(seed, 0))
-        if self.style == "dense":
-            x = gelu(Linear(c.width, dtype=c.dtype, kernel_init=c.kernel_init(), name="dense")(x))
+        x = hidden if self.style == "pooled" else dropout(hidden, c.dropout, fold(seed, 0))
+        if self.style != "linear":
+            activation = jnp.tanh if self.style == "pooled" else gelu
+            x = activation(Linear(c.width, dtype=c.dtype, kernel_init=c.kernel_init(), name="dense")(x))
             x = dropout(x, c.dropout, fold(seed, 1))
         init = nn.initializers.glorot_uniform()
         return Linear(self.outputs, dtype=jnp.float32, kernel_init=init, name="output")(x)

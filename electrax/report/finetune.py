@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from electrax.config import UserError, to_toml
 from electrax.data.shards import write_atomically
-from electrax.experiment.finetune import FinetuneConfig, evaluate_trained, keep_threshold, read_config, resolve, set_up
+from electrax.experiment.config import FinetuneConfig, read_config
+from electrax.experiment.finetune import evaluate_trained, keep_threshold, resolve, set_up
 from electrax.experiment.rows import TaskRows
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run, check_continued, holds_run
 from electrax.report.common import (

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from electrax.data import prepare as preparing
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment.pretrain import PretrainConfig, evaluate_newest, set_up
+from electrax.experiment.config import PretrainConfig
+from electrax.experiment.pretrain import evaluate_newest, set_up
 from electrax.experiment.run import Run
 from electrax.report.common import (
     INTERRUPTED,

@@ -15,8 +15,8 @@ import pytest
 import electrax
 from electrax.config import UserError, load
 from electrax.data.tokenizer import Tokenizer
+from electrax.experiment.config import FinetuneConfig
 from electrax.experiment.finetune import (
-    FinetuneConfig,
     evaluate_trained,
     get_tokenizer,
     initial_params,

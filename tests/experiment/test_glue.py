@@ -8,7 +8,7 @@ import pytest
 from electrax.config import UserError, build, find_config, load
 from electrax.data.glue import GLUE
 from electrax.experiment import glue
-from electrax.experiment.finetune import FinetuneConfig
+from electrax.experiment.config import FinetuneConfig
 from electrax.experiment.glue import GlueConfig
 from tests.fixtures.finetuning import GLUE_FILES, call, make_pretrained, results_of, write, write_glue
 

@@ -10,7 +10,8 @@ import pytest
 from electrax.config import UserError, build
 from electrax.data.examples import QuestionExample, TextExample
 from electrax.data.tokenizer import SPECIALS, Tokenizer
-from electrax.experiment.finetune import FinetuneConfig, make_rows
+from electrax.experiment.config import FinetuneConfig
+from electrax.experiment.finetune import make_rows
 from electrax.experiment.rows import ExamplesConfig, classify_rows, hold_out, read_examples, texts_of
 from electrax.inference.classifier import Classifier
 from electrax.models.encoder import EncoderConfig

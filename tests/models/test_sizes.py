@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from electrax.config import UserError, find_config, load
-from electrax.experiment.pretrain import PretrainConfig
+from electrax.experiment.config import PretrainConfig
 from electrax.models.flops import pretraining_step
 from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from electrax.config import UserError
-from electrax.experiment.pretrain import DataConfig, PretrainConfig
+from electrax.experiment.config import DataConfig, PretrainConfig
 from electrax.experiment.pretrain import make_task as task_of
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, EncoderConfig

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from electrax.config import build, merge
 from electrax.data.corpus import Corpus
 from electrax.data.prepare import PrepareConfig, prepare
-from electrax.experiment.pretrain import PretrainConfig, make_task
+from electrax.experiment.config import PretrainConfig
+from electrax.experiment.pretrain import make_task
 from electrax.tasks.pretrain import PretrainTask
 from electrax.training.optim import make_optimizer
 from electrax.training.sharding import MeshConfig, make_mesh, put_batch, row_ways

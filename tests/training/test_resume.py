@@ -17,8 +17,8 @@ import pytest
 
 from electrax.config import build, to_toml
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment.finetune import read_config
-from electrax.experiment.pretrain import PretrainConfig, make_task
+from electrax.experiment.config import PretrainConfig, read_config
+from electrax.experiment.pretrain import make_task
 from electrax.training.checkpoint import restore_newest
 from electrax.training.optim import make_optimizer
 from electrax.training.state import abstract_state
