@@ -1,9 +1,14 @@
+import pathlib
+
+import hypothesis
 import pytest
+from hypothesis import strategies
 
 from electrax.config import UserError
 from electrax.data.tokenizer import KINDS, Tokenizer
 
 LINES = ["The cat sat on the mat, and the cats sat too.", "A café in Zürich: über-cool!", "unaffable 日本語 naïve"] * 30
+REAL_VOCABULARY = pathlib.Path(__file__).parents[3] / "shared" / "data" / "vocab" / "vocab.txt"
 VOCAB = [
     "[PAD]",
     "[UNK]",
@@ -34,6 +39,14 @@ HARD = [
     "日本語 the日the [MASK] [SEP]",
     "a" * 200 + " " + "a" * 201,
     "İstanbul ß ﬁ ½ \U0001f600",
+    "\u05e9\u05dc\u05d5\u05dd the \u0645\u0631\u062d\u0628\u0627 \u200fcat\u200e \u202ecats\u202c",  # right to left
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 cat\ufe0f \U0001f1e9\U0001f1ea \u2764\ufe0f",  # joined emoji, flags
+    "cat\x01\x7f\x85s \u2028the\u2029 \ufeffthe\xadcat \r\n\t\x0b\x0c un\x1faffable",
+    "e\u0301\u0323 c\u0327afe\u0301 \u1100\u1161\u11a8 \ud55c\uae00 \u0e01\u0e33",
+    "\u3042\u304c\u30ab\u3099 \u4e00\u3400\U00020000",
+    "\uff23\uff21\uff34 \u2460 \u00b2 \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2 \u00df\u1e9e",
+    "$1,000.00--the... \u201ccat\u201d\u2014cat\u2019s a_cat ^`|~ \u00a1cat!",
+    "a" * 100 + " " + "a" * 101 + " cats",
     "",
     "   ",
 ]
@@ -53,12 +66,29 @@ def test_vocab_txt_encodes_as_transformers_does(vocab, lowercase, strip_accents)
         vocab=str(vocab), do_lower_case=lowercase, strip_accents=strip_accents, tokenize_chinese_chars=True
     )
     theirs.backend_tokenizer.encode_special_tokens = True
-    ours = Tokenizer.load(vocab, lowercase, strip_accents)
-    hard = [line for line in HARD if "a" * 200 not in line]  # transformers gives up at 100 characters
-    expected = [theirs.backend_tokenizer.encode(line, add_special_tokens=False) for line in hard]
-    assert ours.encode_batch(hard) == [e.ids for e in expected]
-    for line, e in zip(hard, expected, strict=True):
+    ours = Tokenizer.load(vocab, lowercase, strip_accents, longest_word=100)  # where transformers gives up
+    expected = [theirs.backend_tokenizer.encode(line, add_special_tokens=False) for line in HARD]
+    assert ours.encode_batch(HARD) == [e.ids for e in expected]
+    for line, e in zip(HARD, expected, strict=True):
         assert ours.encode(line) == (e.ids, [tuple(o) for o in e.offsets])
+
+
+@pytest.mark.skipif(not REAL_VOCABULARY.is_file(), reason="needs the published vocabulary")
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_random_text_is_encoded_as_transformers_does_with_the_published_vocabulary(lowercase):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.ElectraTokenizerFast(vocab=str(REAL_VOCABULARY), do_lower_case=lowercase)
+    theirs.backend_tokenizer.encode_special_tokens = True
+    ours = Tokenizer.load(REAL_VOCABULARY, lowercase, longest_word=100)
+
+    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(strategies.text(max_size=60))
+    def same(text):
+        expected = theirs.backend_tokenizer.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == (expected.ids, [tuple(o) for o in expected.offsets])
+        assert ours.encode_batch([text]) == [expected.ids]
+
+    same()
 
 
 def test_wordpiece_takes_words_of_200_characters_and_no_longer(vocab):

@@ -8,7 +8,7 @@ import pytest
 
 from electrax.config import UserError, find_config, load
 from electrax.experiment.config import PretrainConfig
-from electrax.models.flops import pretraining_step
+from electrax.models.flops import paper_step, pretraining_step
 from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
 
@@ -162,3 +162,40 @@ def test_flops_of_a_step_are_three_forwards_of_matrix_products():
     head = 2 * 8 * 8 + 2 * 8 * 128
     shared = 3 * 6 * (10 * (2 * encoder + 2 * 64 + 2 * 8) + 2 * head)
     assert pretraining_step(discriminator, discriminator, 6, 10, 2) == shared
+
+
+@pytest.mark.parametrize(
+    "size, rows, length, steps, published",
+    [
+        ("small", 128, 128, 1_000_000, 1.29e18),
+        ("base", 256, 512, 766_000, 6.42e19),
+        ("large", 2048, 512, 400_000, 7.12e20),
+        ("large", 2048, 512, 1_750_000, 3.11e21),
+    ],
+)
+def test_the_papers_count_is_what_the_reference_prints(size, rows, length, steps, published):
+    generator, discriminator = towers(ModelConfig(size=size), GeneratorConfig())
+    if size == "base":  # the script takes 256, one third
+        assert generator.width == 256
+    assert steps * paper_step(generator, discriminator, rows, length) == pytest.approx(published, rel=5e-3)
+
+
+def test_the_papers_count_of_a_masked_lm_alone():
+    _, small = towers(ModelConfig(size="small"), GeneratorConfig())
+    assert 1.45e6 * paper_step(small, None, 128, 128) == pytest.approx(1.42e18, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "size, length, slots, discriminator, generator, slot",
+    [
+        # by hand, in MFLOP forward: layers x (24 D² + 4 L D) + projection + head of a token; what a slot costs
+        ("small", 128, 19, 12 * 1.703936 + 0.197120, 12 * 0.131072 + 0.016384, 7.848),
+        ("base", 512, 79, 12 * 15.728640 + 1.181184, 12 * 2.097152 + 0.393216, 47.382528),
+        ("large", 512, 130, 24 * 27.262976 + 2.099200, 24 * 2.097152 + 0.524288, 63.176704),
+    ],
+)  # fmt: skip
+def test_matrix_flops_of_a_token_are_those_worked_out_by_hand(size, length, slots, discriminator, generator, slot):
+    a_token = 3 * (discriminator + generator + slots / length * slot)
+    found = pretraining_step(*towers(ModelConfig(size=size)), 1, length, slots) / length / 1e6
+    assert found == pytest.approx(a_token, rel=1e-4)
+    assert found == pytest.approx({"small": 70.2, "base": 668.4, "large": 2169.8}[size], rel=1e-3)
