@@ -29,8 +29,8 @@ from benchmarks.transformers_weights import torch_classifier
 from electrax.cli import use_compilation_cache
 from electrax.data.glue import GLUE
 from electrax.experiment.config import FinetuneConfig, FinetuneOptimizerConfig, HeadConfig, read_config
+from electrax.experiment.examples import ExamplesConfig
 from electrax.experiment.finetune import set_up
-from electrax.experiment.rows import ExamplesConfig
 from electrax.experiment.run import Run
 from electrax.models.sizes import ModelConfig
 from electrax.tasks.base import Batch, Params

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from electrax.config import UserError
@@ -20,9 +21,24 @@ from electrax.data.examples import (
 )
 
 
+@dataclass(frozen=True)
+class BadQuestion(BadRow):
+    """`id` as it is written, where it is a text or a whole number."""
+
+    id: str | int | None = None
+
+
 def read_squad(path: str | os.PathLike, bad: BadRows) -> list[QuestionExample]:
     """SQuAD 1.1 or 2.0 (.json, perhaps compressed). A file whose questions have no "answers" is a test set."""
-    return collect(_unique(_squad_questions(os.fspath(path))), bad, path)
+    return collect(iter_squad(path), bad, path)
+
+
+def iter_squad(path: str | os.PathLike, answers: bool = True) -> Iterator[QuestionExample | BadQuestion]:
+    """The questions in order; without `answers` they are those of a test set, whatever answers the file has.
+
+    A file that is not JSON or does not hold questions as SQuAD does is a UserError.
+    """
+    return _unique(_squad_questions(os.fspath(path), answers))
 
 
 def read_mrqa(path: str | os.PathLike, bad: BadRows) -> list[QuestionExample]:
@@ -38,7 +54,8 @@ def _unique(items: Iterator[QuestionExample | BadRow]) -> Iterator[QuestionExamp
     for item in items:
         if isinstance(item, QuestionExample):
             if item.id in seen:
-                item = BadRow(item.where, "duplicate id", "expected an id of its own, found one that was used before")
+                message = "expected an id of its own, found one that was used before"
+                item = BadQuestion(item.where, "duplicate id", message, item.id)
             else:
                 seen.add(item.id)
         yield item
@@ -57,19 +74,20 @@ def _question(where: str, qa: dict[str, Any], id_field: str, context: str) -> Qu
 # -- SQuAD -------------------------------------------------------------------------------------------------------------
 
 
-def _squad_questions(path: str) -> Iterator[QuestionExample | BadRow]:
+def _squad_questions(path: str, answers: bool) -> Iterator[QuestionExample | BadQuestion]:
     for a, article in enumerate(_objects(read_json(path), "data", path), 1):
         place = f"{path}, article {a}"
         for p, paragraph in enumerate(_objects(article, "paragraphs", place), 1):
             place = f"{path}, article {a}, paragraph {p}"
-            context = paragraph.get("context")
-            if fault := text_fault(context, "'context'"):
-                yield BadRow(place, *fault)
-                continue
             for q, qa in enumerate(_objects(paragraph, "qas", place), 1):
-                where = f"{path}, question {qa['id']}" if qa.get("id") else f"{place}, question {q}"
-                made = _squad_question(where, qa, context)
-                yield BadRow(where, *made) if isinstance(made, Fault) else made
+                id = _written_id(qa.get("id"))
+                where = f"{place}, question {q}" if id is None else f"{path}, question {id}"
+                made = _squad_question(where, qa, paragraph.get("context"), answers)
+                yield BadQuestion(where, *made, id) if isinstance(made, Fault) else made
+
+
+def _written_id(id: Any) -> str | int | None:
+    return id if type(id) is int or text_fault(id, "'id'") is None else None
 
 
 def _objects(holder: Any, key: str, where: str) -> list[dict[str, Any]]:
@@ -79,7 +97,11 @@ def _objects(holder: Any, key: str, where: str) -> list[dict[str, Any]]:
     return items
 
 
-def _squad_question(where: str, qa: dict[str, Any], context: str) -> QuestionExample | Fault:
+def _squad_question(where: str, qa: dict[str, Any], context: Any, answers: bool) -> QuestionExample | Fault:
+    if fault := text_fault(context, "'context'"):
+        return fault
+    if not answers:
+        qa = {key: qa.get(key) for key in ("id", "question")}
     example = _question(where, qa, "id", context)
     if isinstance(example, Fault) or "answers" not in qa:
         return example
@@ -87,10 +109,10 @@ def _squad_question(where: str, qa: dict[str, Any], context: str) -> QuestionExa
     if not isinstance(written, list) or bool(written) == example.impossible:
         expected = "no answers to an impossible question" if example.impossible else "a list of answers"
         return Fault("answer", f"expected {expected}, found {short(written)}")
-    answers = [_squad_answer(answer, context) for answer in written]
-    fault = next((answer for answer in answers if isinstance(answer, Fault)), None)
+    found = [_squad_answer(answer, context) for answer in written]
+    fault = next((answer for answer in found if isinstance(answer, Fault)), None)
     return fault or QuestionExample(
-        where, example.id, example.question, context, tuple(answers), impossible=example.impossible
+        where, example.id, example.question, context, tuple(found), impossible=example.impossible
     )
 
 

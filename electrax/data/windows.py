@@ -1,14 +1,15 @@
 """Questions as windows: `[CLS] question [SEP] part of the context [SEP]`, overlapping where the context is long."""
 
+import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Int32
 
 from electrax.config import UserError
-from electrax.data.encoded import TokenRows
+from electrax.data.encoded import TokenRows, kept
 from electrax.data.examples import BadRow, QuestionExample, short
 from electrax.data.tokenizer import Tokenizer
 
@@ -45,26 +46,85 @@ def make_windows(
     max_length: int,
     doc_stride: int = 128,
     max_query: int = 64,
+    keep: bool = False,
 ) -> Windows:
     """Windows of at most `max_length` tokens, each `doc_stride` tokens of the context after the one before it; of a
-    question, `max_query` tokens are kept. A question whose first answer meets no token is bad.
+    question, `max_query` tokens are kept. A question whose first answer meets no token is bad. With `keep` they come
+    from the user's cache where the same were made before.
 
     Every question has a window, even without a token in its context. (Reference: `QATask.featurize`.)
     """
     _check(max_length, doc_stride, max_query)
+    once = kept if keep else _made
+    texts = list(dict.fromkeys(example.context for example in examples))
+    encoded = once(lambda: _encode(tokenizer, texts), "contexts", tokenizer.sha256, texts)
+    contexts = dict(zip(texts, _parts(encoded), strict=True))
+    rows = once(
+        lambda: _lay_out(tokenizer, examples, contexts, max_length, doc_stride, max_query),
+        *("windows", tokenizer.sha256, max_length, doc_stride, max_query, texts, _content(examples, texts)),
+    )
+    numbers, question = np.unique(rows.fields["question"], return_inverse=True)
+    good = tuple(examples[number] for number in numbers)
+    return Windows(
+        rows.with_fields(question=question.astype(np.int32)),
+        good,
+        tuple(contexts[example.context][1] for example in good),
+        tuple(_bad(examples[number]) for number in np.setdiff1d(np.arange(len(examples)), numbers)),
+    )
+
+
+def _made(build: Callable[[], TokenRows], *_: object) -> TokenRows:
+    return build()
+
+
+def _content(examples: Sequence[QuestionExample], contexts: Sequence[str]) -> list[list]:
+    """All that decides the windows of those questions on those contexts."""
+    number = {context: i for i, context in enumerate(contexts)}
+    return [
+        [e.question, number[e.context], e.impossible, *((answer.text, answer.start) for answer in e.answers[:1])]
+        for e in examples
+    ]
+
+
+def _bad(example: QuestionExample) -> BadRow:
+    message = f"expected an answer that holds a word, found {short(example.answers[0].text)}"
+    return BadRow(example.where, "answer", message)
+
+
+def _encode(tokenizer: Tokenizer, contexts: Sequence[str]) -> TokenRows:
+    """Contexts with the characters of their tokens, in the token arrays `from` and `to`."""
+    ids, spans = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)]
+    for context in contexts:
+        some, places = encode_context(tokenizer, context)
+        ids.append(some)
+        spans.append(places)
+    first, last = np.concatenate(spans).T
+    starts = np.cumsum([len(some) for some in ids]).astype(np.int64)
+    return TokenRows(starts, {"ids": np.concatenate(ids), "from": first, "to": last}, {})
+
+
+def _parts(contexts: TokenRows) -> list[tuple[Int32[np.ndarray, "_"], Spans]]:
+    """What `encode_context` gave for each."""
+    spans = np.stack([contexts.tokens["from"], contexts.tokens["to"]], axis=1)
+    return [(contexts.tokens["ids"][a:b], spans[a:b]) for a, b in itertools.pairwise(contexts.starts)]
+
+
+def _lay_out(
+    tokenizer: Tokenizer,
+    examples: Sequence[QuestionExample],
+    contexts: dict[str, tuple[Int32[np.ndarray, "_"], Spans]],
+    max_length: int,
+    doc_stride: int,
+    max_query: int,
+) -> TokenRows:
+    """The rows of `Windows`, with `question` counted among all examples; a bad one has none."""
     queries = tokenizer.encode_batch([example.question for example in examples])
-    contexts: dict[str, tuple[Int32[np.ndarray, "_"], Spans]] = {}
     windows: list[np.ndarray] = []
     fields: list[tuple[int, ...]] = []
-    kept, bad = [], []
-    for example, query in zip(examples, queries, strict=True):
-        if example.context not in contexts:
-            contexts[example.context] = encode_context(tokenizer, example.context)
+    for number, (example, query) in enumerate(zip(examples, queries, strict=True)):
         ids, spans = contexts[example.context]
         answer = _answer_tokens(example, spans)
         if answer is None:
-            message = f"expected an answer that holds a word, found {short(example.answers[0].text)}"
-            bad.append(BadRow(example.where, "answer", message))
             continue
         head = [tokenizer.cls_id, *query[:max_query], tokenizer.sep_id]
         room = max_length - len(head) - 1
@@ -74,10 +134,8 @@ def make_windows(
             first, last = answer
             holds = start <= first and last < start + len(some)
             target = (first - start + len(head), last - start + len(head)) if holds else (0, 0)
-            fields.append((len(kept), *target, example.impossible, len(head), start))
-        kept.append(example)
-    rows = _rows(windows, fields)
-    return Windows(rows, tuple(kept), tuple(contexts[example.context][1] for example in kept), tuple(bad))
+            fields.append((number, *target, example.impossible, len(head), start))
+    return _rows(windows, fields)
 
 
 def _check(max_length: int, doc_stride: int, max_query: int) -> None:

@@ -1,13 +1,15 @@
 """What a run can be told: the keys of its TOML file and of the command line, with their defaults."""
 
 import dataclasses
+import json
 import os
 import pathlib
 from typing import Literal
 
 from electrax.config import UserError, build, read_toml
-from electrax.experiment.rows import ExamplesConfig
-from electrax.experiment.run import CONFIG_FILE
+from electrax.data.templates import check_template
+from electrax.experiment.examples import ExamplesConfig
+from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE
 from electrax.models.heads import HeadStyle
 from electrax.models.sizes import GeneratorConfig, ModelConfig
 from electrax.tasks.pretrain import ObjectiveConfig
@@ -15,6 +17,8 @@ from electrax.training.checkpoint import CheckpointConfig
 from electrax.training.loop import EvalConfig, LogConfig
 from electrax.training.optim import OptimizerConfig
 from electrax.training.sharding import MeshConfig
+
+NULL_THRESHOLDS = {"joint": -2.75, "plain": 0.0}  # the reference's, and that of equal scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ class PretrainConfig:
     steps: int = 0  # updates
     epochs: float = 0.0  # over the training rows, instead of steps
     batch_size: int = 128  # rows of a step, over all devices
-    init_from: str = ""  # work directory of a run to take the weights from
+    init_from: str = ""  # work directory of a run, or a model of another format, whose weights are the start
     faithful: bool = False  # the reference's known flaws too
     model: ModelConfig = ModelConfig()
     generator: GeneratorConfig = GeneratorConfig()
@@ -102,6 +106,8 @@ class HeadConfig:
 
     kind: Literal["classes", "labels", "number", "choice"] = "classes"  # one class, several labels, a number, a choice
     style: HeadStyle = "linear"  # dense: as Transformers' classification head
+    template: str = ""  # few-shot: which label's word looks original here, as in "{text} It was {label}."; no new head
+    words: tuple[str, ...] = ()  # of the classes in the template, in their order; default: their names
     spans: Literal["joint", "plain"] = "joint"  # the paper's head of question answering, or two logits a token
     no_answer: bool = False  # questions may be without an answer (SQuAD 2.0)
     null_threshold: float | None = None  # a null score above it means no answer; default: joint -2.75, plain 0
@@ -127,10 +133,11 @@ class FinetuneConfig:
     workdir: str = ""  # where everything of the run is kept; a run that is there is continued
     seed: int = 0  # of the head, data order and dropout
     seeds: int = 1  # models to train, with seed, seed + 1, …
+    seeds_at_once: int = 0  # models trained side by side; 0: as many as fit on an accelerator, one on a CPU
     steps: int = 0  # updates; 0: as epochs say
     epochs: float = 3.0  # over the training rows
     batch_size: int = 32  # rows of a step, over all devices
-    init_from: str = ""  # work directory of a pretraining or a fine-tuning
+    init_from: str = ""  # work directory of a run, or a model of another format, whose weights are the start
     faithful: bool = False  # the reference's way: summed loss, layer-wise decay off by one
     metric: str = ""  # the score; default: the benchmark's own, or accuracy, f1 (tags, answers), spearman, micro_f1
     freeze_embeddings: bool = False  # they and their projection stay as they are
@@ -153,6 +160,8 @@ class FinetuneConfig:
         for key, value in {"batch_size": self.batch_size, "seeds": self.seeds, "log.every": self.log.every}.items():
             if value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
+        if self.seeds_at_once < 0:
+            raise UserError(f"seeds_at_once must not be negative, but is {self.seeds_at_once}")
         if self.task == "classify" and self.data.format == "table":
             texts, choice = len(self.data.text), self.head.kind == "choice"
             if (texts < 3) if choice else texts not in (1, 2):
@@ -160,6 +169,14 @@ class FinetuneConfig:
                 raise UserError(f"data.text names {texts} columns; expected {expected}")
         if self.task != "classify" and (self.teacher.path or self.head.style != "linear"):
             raise UserError(f"teacher.path and head.style are for the task classify, not {self.task}")
+        if self.head.template:
+            if self.task != "classify" or self.head.kind != "classes" or self.head.style != "linear":
+                raise UserError("head.template is for the task classify with head.kind classes and no head.style")
+            if not self.init_from or self.teacher.path:
+                raise UserError("head.template needs init_from, a pretrained discriminator, and takes no teacher.path")
+            check_template(self.head.template, self.head.words or ("one", "another"))  # the names of classes differ
+        elif self.head.words:
+            raise UserError("head.words are those of a head.template, which is empty")
         if not 0 <= self.teacher.weight <= 1 or self.teacher.temperature <= 0:
             raise UserError("teacher.weight must lie between 0 and 1, and teacher.temperature above 0")
 
@@ -174,3 +191,14 @@ def read_config(workdir: str | os.PathLike) -> AnyConfig:
         raise UserError(f"{path}: no such file; expected the work directory of an electrax run")
     values = read_toml(path)
     return build(PretrainConfig if values.get("task") == "pretrain" else FinetuneConfig, values, str(path))
+
+
+def finished(workdir: str | os.PathLike) -> pathlib.Path:
+    """Where the model is: the work directory itself, or of several seeds that of the best one."""
+    workdir = pathlib.Path(workdir)
+    if read_config(workdir).seeds == 1:
+        return workdir
+    try:
+        return workdir / json.loads((workdir / RESULTS_FILE).read_text(encoding="utf-8"))["best"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{workdir}: its seeds are not all trained yet; run its command again") from None

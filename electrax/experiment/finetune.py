@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,16 +16,12 @@ from electrax.data.examples import BadRows, Example
 from electrax.data.glue import GLUE
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment.config import FinetuneConfig, read_config
-from electrax.experiment.rows import (
-    TaskRows,
-    answer_rows,
-    classify_rows,
-    read_examples,
-    tag_rows,
-    texts_of,
-)
+from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, finished, read_config
+from electrax.experiment.examples import read_examples, texts_of
+from electrax.experiment.foreign import as_workdir
+from electrax.experiment.rows import TaskRows, answer_rows, classify_rows, tag_rows, template_words
 from electrax.experiment.run import (
+    HEAD_FILE,
     RESULTS_FILE,
     Run,
     assemble,
@@ -34,9 +31,11 @@ from electrax.experiment.run import (
     mesh_for,
     own_rows,
 )
+from electrax.experiment.start import same_shapes, shared_tokens, start_of, taken_embeddings
 from electrax.inference.classifier import Classifier
 from electrax.inference.reader import Reader
 from electrax.inference.tagger import Tagger
+from electrax.inference.template import TemplateClassifier
 from electrax.models.flops import encoder_forward
 from electrax.models.sizes import discriminator_shape
 from electrax.tasks.answer import AnswerTask
@@ -44,10 +43,10 @@ from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
 from electrax.tasks.finetune import FinetuneTask
 from electrax.tasks.tag import TagTask
+from electrax.tasks.template import TemplateTask
 from electrax.training.evaluate import make_evaluate
 from electrax.training.tracking import Record
 
-HEAD_FILE = "head.json"  # what the head's outputs mean
 # the paper's (tables 7 and 8): learning rate, layer-wise decay
 PAPER = {
     "tiny": (3e-4, 0.8),
@@ -56,7 +55,6 @@ PAPER = {
     "base": (1e-4, 0.8),
     "large": (5e-5, 0.9),
 }
-NULL_THRESHOLDS = {"joint": -2.75, "plain": 0.0}  # the reference's, and that of equal scores
 # keys of [model] that belong to the pretrained weights; the others are free in fine-tuning
 SHAPE = ("size", "body", "layers", "width", "heads", "feed_forward", "embedding_width", "max_length", "qk_norm")
 
@@ -68,9 +66,10 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
     """The config with the shape of the weights it starts from, and the paper's rates for that size."""
     model = config.model
     if config.init_from:
-        pretrained = read_config(start_of(config)).model
+        pretrained = read_config(start_of(config.init_from)).model
         model = dataclasses.replace(model, **{key: getattr(pretrained, key) for key in SHAPE})
-    if config.data.max_length > model.max_length:
+        model = dataclasses.replace(model, max_length=max(model.max_length, config.data.max_length))
+    elif config.data.max_length > model.max_length:
         raise UserError(f"data.max_length {config.data.max_length} is more than the model's {model.max_length}")
     rate, decay = PAPER[model.size]
     optimizer = dataclasses.replace(
@@ -82,43 +81,47 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
     return dataclasses.replace(config, model=model, optimizer=optimizer)
 
 
-def start_of(config: FinetuneConfig) -> pathlib.Path:
-    """The run whose weights `init_from` names; of a fine-tuning over several seeds the best one."""
-    is_finetuned = isinstance(read_config(config.init_from), FinetuneConfig)
-    return finished(config.init_from) if is_finetuned else pathlib.Path(config.init_from)
-
-
-def initial_params(config: FinetuneConfig, head: dict[str, Any], drawn: Params, mesh: Mesh) -> Params:
+def initial_params(
+    config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokenizer, drawn: Params, mesh: Mesh
+) -> Params:
     """The drawn weights with those of `init_from` in their place: embeddings and encoder, and the head where that run
-    had the same task and outputs."""
-    start = start_of(config)
+    had the same task and outputs. Of another vocabulary or more positions what is new stays as it is drawn."""
+    start = start_of(config.init_from)
     is_finetuned = (start / HEAD_FILE).is_file()
     params = (trained if is_finetuned else load_params)(start, mesh)[1]
     tower = params["discriminator"] if "discriminator" in params else params["generator"]
-    taken = {"embeddings": params["embeddings"], "discriminator": {"encoder": tower["encoder"]}}
-    if takes_head(start, head):
+    embeddings, known = params["embeddings"], Tokenizer.load(start)
+    if known.sha256 != tokenizer.sha256 or not same_shapes(embeddings, drawn["embeddings"]):
+        kept = jax.tree.map(np.asarray, embeddings)
+        embeddings = taken_embeddings(kept, drawn["embeddings"], *shared_tokens(known, tokenizer))
+    taken = {"embeddings": embeddings, "discriminator": {"encoder": tower["encoder"]}}
+    if config.head.template:
+        if "discriminator" not in params or "head" not in tower:
+            raise UserError(f"init_from {config.init_from}: has no discriminator's head, which head.template asks")
+        taken["discriminator"] = tower
+    elif takes_head(start, head):
         taken["head"] = params["head"]
     return {**drawn, **taken}
 
 
 def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokenizer:
-    """That of the pretrained weights; for random weights the one that `data.tokenizer` names, or a new one for the
+    """The one that `data.tokenizer` names, else that of the pretrained weights, or for random weights a new one for the
     training texts."""
-    if config.init_from:
-        return Tokenizer.load(start_of(config))
-    if holds_run(config.workdir):
-        return Tokenizer.load(config.workdir)
     data = config.data
     if pathlib.Path(data.tokenizer).exists():
         return Tokenizer.load(data.tokenizer, data.lowercase)
+    if config.init_from:
+        return Tokenizer.load(start_of(config.init_from))
+    if holds_run(config.workdir):
+        return Tokenizer.load(config.workdir)
     return Tokenizer.train(data.tokenizer, texts_of(examples), data.vocab_size, data.lowercase)
 
 
 def teacher_of(config: FinetuneConfig) -> Classifier | None:
     if not config.teacher.path:
         return None
-    is_finetuned = isinstance(read_config(config.teacher.path), FinetuneConfig)
-    teacher = load(config.teacher.path) if is_finetuned else None
+    workdir = as_workdir(config.teacher.path)
+    teacher = load(workdir) if isinstance(read_config(workdir), FinetuneConfig) else None
     if not isinstance(teacher, Classifier):
         raise UserError(f"teacher.path {config.teacher.path}: expected the work directory of a classifier")
     if teacher.task.kind != config.head.kind:
@@ -159,6 +162,8 @@ def _make_task(
         "metric": config.metric or head["metric"],
     }
     match config.task:
+        case "classify" if config.head.template:
+            return TemplateTask(**common, classes=tuple(head["classes"]))
         case "classify":
             taught = {"teacher_weight": config.teacher.weight, "teacher_temperature": config.teacher.temperature}
             return ClassifyTask(
@@ -227,8 +232,8 @@ def make_rows(
     match config.task:
         case "classify":
             teacher = None if known else teacher_of(config)
-            rows = classify_rows(data, config.head.kind, tokenizer, *examples, size, known, teacher)
-            style = config.head.style
+            rows = classify_rows(data, config.head, tokenizer, *examples, size, known, teacher)
+            style = "template" if config.head.template else config.head.style
         case "tag":
             rows, style = tag_rows(data, tokenizer, *examples, size, known), "linear"
         case "answer":
@@ -272,17 +277,21 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
         eval_every=eval_every,
         save_every=every,
         patience=config.eval.patience,
-        initial=(lambda drawn: initial_params(config, rows.head, drawn, mesh)) if config.init_from else None,
+        initial=(lambda drawn: initial_params(config, rows.head, tokenizer, drawn, mesh)) if config.init_from else None,
         is_frozen=task.is_frozen,
     )
-    return run, dataclasses.replace(rows, notes=(*rows.notes, *_start_notes(config, rows.head)))
+    return run, dataclasses.replace(rows, notes=(*rows.notes, *_start_notes(config, rows.head, tokenizer)))
 
 
-def _start_notes(config: FinetuneConfig, head: dict[str, Any]) -> list[str]:
+def _start_notes(config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
     """What the weights that a run starts from do not make plain."""
     if not config.init_from:
         return []
-    start, notes = start_of(config), []
+    start, notes = start_of(config.init_from), []
+    known = Tokenizer.load(start)
+    if known.sha256 != tokenizer.sha256:
+        fresh = tokenizer.vocab_size - len(shared_tokens(known, tokenizer)[1])
+        notes.append(f"{fresh:,} of {tokenizer.vocab_size:,} tokens are new to the weights")
     if takes_head(start, head):
         notes.append(f"the head too is taken from {start}, whose outputs are the same")
     trained_length = read_config(start).data.max_length
@@ -292,22 +301,11 @@ def _start_notes(config: FinetuneConfig, head: dict[str, Any]) -> list[str]:
 
 
 def takes_head(start: pathlib.Path, head: dict[str, Any]) -> bool:
-    """Whether a run starts with the head of the one it takes its weights from."""
+    """Whether a run starts with the head of the fine-tuning it takes its weights from."""
     return (start / HEAD_FILE).is_file() and same_outputs(read_head(start), head)
 
 
 # -- afterwards --------------------------------------------------------------------------------------------------------
-
-
-def finished(workdir: str | os.PathLike) -> pathlib.Path:
-    """Where the model is: the work directory itself, or of several seeds that of the best one."""
-    workdir = pathlib.Path(workdir)
-    if read_config(workdir).seeds == 1:
-        return workdir
-    try:
-        return workdir / json.loads((workdir / RESULTS_FILE).read_text(encoding="utf-8"))["best"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{workdir}: its seeds are not all trained yet; run its command again") from None
 
 
 def trained(workdir: pathlib.Path, mesh: Mesh | None = None, step: int | None = None) -> tuple[int, Params]:
@@ -326,6 +324,9 @@ def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader":
     task = make_task(config, tokenizer, head, None)
     params, data = trained(workdir)[1], config.data
     match config.task:
+        case "classify" if config.head.template:
+            words = template_words(config.head, head["classes"])
+            return TemplateClassifier(params, tokenizer, task, data.max_length, words, config.head.template)
         case "classify":
             return Classifier(params, tokenizer, task, data.max_length)
         case "tag":
@@ -336,7 +337,7 @@ def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader":
 
 def text_columns(workdir: str | os.PathLike) -> tuple[str, ...]:
     """The columns of a table that the model predicts from: those of its training rows."""
-    config = read_config(workdir)
+    config = read_config(as_workdir(workdir))
     if not isinstance(config, FinetuneConfig):
         raise UserError(f"{workdir}: expected the work directory of a fine-tuning; this is one of a pretraining")
     if config.task == "answer":

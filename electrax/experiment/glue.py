@@ -10,7 +10,7 @@ from electrax.data.examples import BadRows, check_labels
 from electrax.data.glue import GLUE, find_file, read_glue, write_leaderboard
 from electrax.experiment import finetune
 from electrax.experiment.config import FinetuneConfig
-from electrax.experiment.rows import read_examples
+from electrax.experiment.examples import read_examples
 
 AFTER_MNLI = ("rte", "mrpc", "stsb")  # small tasks that learn more from a model trained on MNLI first
 UNLABELLED = ("test", "test_mismatched", "diagnostic")

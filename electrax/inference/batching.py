@@ -1,7 +1,8 @@
 """Texts of mixed lengths in few shapes with little padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Int, Int64
 
@@ -34,3 +35,25 @@ def pad(
         if number >= 0:
             out[place, : len(rows[number])] = rows[number]
     return out
+
+
+def run_by_length(
+    forward: Callable[..., jax.Array], columns: Sequence[tuple[Sequence[Sequence[int]], int]], most: int
+) -> Iterator[tuple[Int64[np.ndarray, " n"], np.ndarray]]:
+    """(row numbers, what `forward` makes of those rows), short rows first, every row once.
+
+    `columns`: for each argument of `forward` the rows and what pads them; all have the same lengths, at most `most`.
+    The shape a row is in depends on its length alone, so that its result does not depend on the others.
+    """
+    waiting = []  # one batch runs while the next is put together
+    for numbers, length in by_length([len(row) for row in columns[0][0]]):
+        waiting.append((numbers, forward(*(pad(rows, numbers, min(length, most), fill) for rows, fill in columns))))
+        if len(waiting) > 1:
+            yield _real(*waiting.pop(0))
+    for each in waiting:
+        yield _real(*each)
+
+
+def _real(numbers: np.ndarray, outputs: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Without the rows that only fill the batch."""
+    return numbers[numbers >= 0], np.asarray(outputs)[numbers >= 0]

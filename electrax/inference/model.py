@@ -1,8 +1,8 @@
-"""A pretrained model as an object: encode, detect, fill."""
+"""A pretrained model as an object: encode, embed, detect, fill, classify."""
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,16 @@ from jaxtyping import Float, Int
 
 from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
+from electrax.inference.batching import pad, padded_length, run_by_length
+from electrax.inference.template import TemplateClassifier
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.models.generator import Generator
 from electrax.models.masks import padding_mask
 from electrax.tasks.base import Params
+from electrax.tasks.template import TemplateTask
 
-LENGTH_MULTIPLE, ROWS = 32, 16  # texts are padded to few shapes, so that few are compiled
+POOLINGS = ("mean", "cls")
 
 
 class Token(NamedTuple):
@@ -51,7 +54,10 @@ class PretrainedModel:
     ):
         self.params, self.tokenizer, self.max_length = params, tokenizer, max_length
         self.generator, self.discriminator, self._detects = generator, discriminator, detects
-        self._encode = jax.jit(functools.partial(_encode, discriminator or generator, discriminator is not None))
+        self._main = discriminator or generator  # the tower that reads texts
+        tower = "generator" if discriminator is None else "discriminator"
+        self._encode = jax.jit(functools.partial(_encode, self._main, tower))
+        self._embed = jax.jit(functools.partial(_embed, self._main, tower), static_argnames="pooling")
         self._detect = jax.jit(functools.partial(_detect, discriminator))
         self._fill = jax.jit(functools.partial(_fill, generator))
 
@@ -60,28 +66,32 @@ class PretrainedModel:
 
         A text of more than `max_length` tokens is a UserError, or cut with `truncate`.
         """
-        rows = [self._row(self._ids(text), truncate) for text in texts]
+        rows = self._rows("encode", texts, truncate)
         if not rows:
             raise UserError("encode: expected at least one text")
-        padded = self._padded(rows)
-        parts = []
-        for start in range(0, len(padded), ROWS):
-            some = padded[start : start + ROWS]
-            whole = np.pad(
-                some, ((0, min(ROWS, _power(len(padded))) - len(some)), (0, 0)), constant_values=self.tokenizer.pad_id
-            )
-            parts.append(np.asarray(self._encode(self.params, whole, self.tokenizer.pad_id))[: len(some)])
-        return np.concatenate(parts)[:, : max(map(len, rows))]
+        out = np.zeros((len(rows), max(map(len, rows)), self._main.width), np.float32)
+        for numbers, hidden in self._run(self._encode, rows):
+            length = min(out.shape[1], hidden.shape[1])
+            out[numbers, :length] = hidden[:, :length]
+        return out
+
+    def embed(self, texts: Sequence[str], pooling: str = "mean", truncate: bool = False) -> Float[np.ndarray, "B D"]:
+        """One vector a text, float32, from the hidden states of `encode`: with `mean` the mean over all of its tokens,
+        [CLS] and [SEP] too, with `cls` that of [CLS]. A text's vector does not depend on the others."""
+        if pooling not in POOLINGS:
+            raise UserError(f"embed: expected the pooling {' or '.join(POOLINGS)}, not {pooling!r}")
+        rows = self._rows("embed", texts, truncate)
+        out = np.zeros((len(rows), self._main.width), np.float32)
+        for numbers, vectors in self._run(functools.partial(self._embed, pooling=pooling), rows):
+            out[numbers] = vectors
+        return out
 
     def detect(self, text: str) -> list[Token]:
         """Each token of the text with the probability that it was replaced."""
-        if self.discriminator is None:
-            raise UserError("detect: this model was trained with masked LM alone and has no discriminator")
-        if not self._detects:
-            raise UserError("detect: an Electric discriminator's probabilities need its generator's; use encode")
+        self._check_detects("detect")
         ids, offsets = self.tokenizer.encode(text)
         row = self._row(ids)
-        scores = np.asarray(self._detect(self.params, self._padded([row]), self.tokenizer.pad_id))[0]
+        scores = np.asarray(self._detect(self.params, self._padded(row), self.tokenizer.pad_id))[0]
         probabilities = 1 / (1 + np.exp(-scores[1 : len(ids) + 1].astype(np.float64)))
         pieces = self.tokenizer.pieces(ids)
         return [Token(p, *span, float(q)) for p, span, q in zip(pieces, offsets, probabilities, strict=True)]
@@ -96,7 +106,7 @@ class PretrainedModel:
         if not len(slots):
             name = self.tokenizer.pieces([self.tokenizer.mask_id])[0]
             raise UserError(f"fill: the text has no {name}")
-        logits = np.asarray(self._fill(self.params, self._padded([row]), self.tokenizer.pad_id))[0, slots]
+        logits = np.asarray(self._fill(self.params, self._padded(row), self.tokenizer.pad_id))[0, slots]
         filled = []
         for row_logits in logits.astype(np.float64):
             weights = np.exp(row_logits - row_logits.max())
@@ -105,8 +115,41 @@ class PretrainedModel:
             filled.append([Candidate(p, float(w)) for p, w in zip(pieces, weights[best] / weights.sum(), strict=True)])
         return filled
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)[0]
+    def classify(
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        labels: Sequence[str] | Mapping[str, str],
+        template: str = "{text} It was {label}.",
+    ) -> list[dict[str, Any]]:
+        """Which label's word looks most original in the template, without any training (Xia et al., 2022).
+
+        `labels` are the words, or class -> word or words. A template for pairs has {text2} too. For each text `label`
+        with its `probability` and the `probabilities` of all. A text that is too long is cut, never the template.
+        """
+        self._check_detects("classify")
+        if isinstance(texts, str) or isinstance(labels, str):
+            raise UserError("classify: expected lists of texts and of labels, not one text or label")
+        words = tuple(labels.values()) if isinstance(labels, Mapping) else tuple(labels)
+        pad_id, sep_id = self.tokenizer.pad_id, self.tokenizer.sep_id
+        task = TemplateTask(self.discriminator, pad_id, sep_id, classes=tuple(labels))
+        return TemplateClassifier(self.params, self.tokenizer, task, self.max_length, words, template).predict(texts)
+
+    def _check_detects(self, what: str) -> None:
+        if self.discriminator is None:
+            raise UserError(f"{what}: this model was trained with masked LM alone and has no discriminator")
+        if "head" not in self.params["discriminator"]:
+            raise UserError(f"{what}: this model is an encoder alone, without the discriminator's head")
+        if not self._detects:
+            raise UserError(f"{what}: an Electric discriminator's probabilities need its generator's; use encode")
+
+    def _rows(self, what: str, texts: Sequence[str], truncate: bool) -> list[list[int]]:
+        if isinstance(texts, str):
+            raise UserError(f"{what}: expected a list of texts, not one text")
+        return [self._row(ids, truncate) for ids in self.tokenizer.encode_batch(list(texts))]
+
+    def _run(self, forward: Callable[..., jax.Array], rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        pad_id = self.tokenizer.pad_id
+        return run_by_length(lambda ids: forward(self.params, ids, pad_id), [(rows, pad_id)], self.max_length)
 
     def _row(self, ids: list[int], truncate: bool = False) -> list[int]:
         room = self.max_length - 2
@@ -116,25 +159,22 @@ class PretrainedModel:
             )
         return [self.tokenizer.cls_id, *ids[:room], self.tokenizer.sep_id]
 
-    def _padded(self, rows: list[list[int]]) -> Int[np.ndarray, "B L"]:
-        longest = max(map(len, rows))
-        length = min(self.max_length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-        padded = np.full((len(rows), length), self.tokenizer.pad_id, np.int32)
-        for i, row in enumerate(rows):
-            padded[i, : len(row)] = row
-        return padded
+    def _padded(self, row: list[int]) -> Int[np.ndarray, "1 L"]:
+        length = min(self.max_length, padded_length(len(row)))
+        return pad([row], np.zeros(1, np.int64), length, self.tokenizer.pad_id)
 
 
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
-
-
-def _encode(config: EncoderConfig, detects: bool, params: Params, ids, pad_id):
-    tower = params["discriminator" if detects else "generator"]
+def _encode(config: EncoderConfig, tower: str, params: Params, ids, pad_id):
     embedded = Embeddings(config).apply({"params": params["embeddings"]}, ids)
-    hidden = Encoder(config).apply({"params": tower["encoder"]}, embedded, padding_mask(ids != pad_id))
+    hidden = Encoder(config).apply({"params": params[tower]["encoder"]}, embedded, padding_mask(ids != pad_id))
     return jnp.where((ids != pad_id)[..., None], hidden.astype(jnp.float32), 0.0)
+
+
+def _embed(config: EncoderConfig, tower: str, params: Params, ids, pad_id, pooling: str):
+    hidden = _encode(config, tower, params, ids, pad_id)
+    if pooling == "cls":
+        return hidden[:, 0]
+    return jnp.sum(hidden, axis=1) / jnp.maximum(jnp.sum(ids != pad_id, axis=1), 1)[:, None]
 
 
 def _detect(config: EncoderConfig, params: Params, ids, pad_id):

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from electrax.config import UserError
-from electrax.data.examples import BadRow, BadRows, QuestionExample, TextExample, decode_lines, text_fault
+from electrax.data.examples import BadRow, QuestionExample, TextExample, decode_lines, text_fault
 from electrax.data.readers import COMPRESSED
-from electrax.data.squad import read_squad
+from electrax.data.squad import BadQuestion, iter_squad
 from electrax.data.tables import iter_table
 from electrax.inference.classifier import Classifier
 from electrax.inference.reader import Reader
@@ -34,14 +34,14 @@ class PredictConfig:
 
 
 def predict_lines(model: Model, config: PredictConfig, columns: tuple[str, ...]) -> Iterator[str]:
-    """One JSON object a row, in order. A row that cannot be read gives {"error": …}, and the rest go on. `columns` are
-    those of a table, if the config names none."""
+    """One JSON object a row, in order. A row that cannot be read gives {"error": …}, a question of SQuAD's with
+    its "id", and the rest go on. `columns` are those of a table, if the config names none."""
     predict = _predictor(model)
     rows = _rows(model, config.input, config.text or columns)
     while some := list(itertools.islice(rows, ROWS)):
         found = iter(predict([row for row in some if not isinstance(row, BadRow)]))
         for row in some:
-            result = {"error": f"{row.where}: {row.message}"} if isinstance(row, BadRow) else next(found)
+            result = _error(row) if isinstance(row, BadRow) else next(found)
             yield json.dumps(result, ensure_ascii=False)
 
 
@@ -49,16 +49,18 @@ def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[TextE
     if isinstance(model, Reader) and len(columns) != 2:
         raise UserError(f"text: expected the columns of question and context, found {', '.join(columns)}")
     if isinstance(model, Reader) and source.endswith(SQUAD):
-        bad = BadRows("error")
-        examples = read_squad(source, bad)
-        bad.close(source)
-        return iter(examples)
+        return iter(list(iter_squad(source, answers=False)))  # what is wrong with the file as a whole comes first
     if source == "-" or source.endswith(LINES):
         lines = _standard_input() if source == "-" else iter_table(source, columns[:1])
         rows = (row if isinstance(row, BadRow) else _texts(row, len(columns)) for row in lines)
     else:
         rows = iter_table(source, columns)
     return (_question(row) if isinstance(model, Reader) and isinstance(row, TextExample) else row for row in rows)
+
+
+def _error(row: BadRow) -> dict[str, Any]:
+    known = {"id": row.id} if isinstance(row, BadQuestion) and row.id is not None else {}
+    return {**known, "error": f"{row.where}: {row.message}"}
 
 
 def _standard_input() -> Iterator[TextExample | BadRow]:

@@ -6,7 +6,7 @@ import pytest
 
 from electrax.config import UserError
 from electrax.data.examples import Answer, BadRows
-from electrax.data.squad import read_mrqa, read_squad
+from electrax.data.squad import BadQuestion, iter_squad, read_mrqa, read_squad
 
 REAL = pathlib.Path(__file__).parents[3] / "shared" / "data" / "squad"
 CONTEXT = "Zoë 🙂 lives in  Bonn."  # "lives" at 6, "Bonn" at 16, in characters
@@ -72,6 +72,7 @@ def test_a_test_set_has_no_answers(read):
         (question("q2", question=" "), "empty text", "text in 'question', found none"),
         (question("q2", question=None), "empty text", "text in 'question', found none"),
         (question(""), "empty text", "text in 'id', found none"),
+        (question(7), "not text", "text in 'id', found 7"),
         (question("q1"), "duplicate id", "an id of its own"),
     ],
 )
@@ -84,12 +85,37 @@ def test_bad_questions_are_named_by_id_or_left_out(read, bad, kind, message):
     assert [row.id for row in rows] == ["q1", "q3"] and counts == {kind: 1}
 
 
-def test_a_paragraph_without_context_is_a_bad_row(read):
+def test_every_question_on_a_paragraph_without_context_is_a_bad_row(read):
     content = squad(question())
-    content["data"][0]["paragraphs"].insert(0, {"context": "", "qas": [question("q0")]})
-    with pytest.raises(UserError, match="article 1, paragraph 1: expected text in 'context', found none"):
+    content["data"][0]["paragraphs"].insert(0, {"context": "", "qas": [question("q0"), question("")]})
+    with pytest.raises(UserError) as caught:
         read(content)
-    assert len(read(content, skip=True)[0]) == 1
+    assert "2 bad rows (2 empty text)" in str(caught.value)
+    assert "a.json, question q0: expected text in 'context', found none" in str(caught.value)
+    assert "a.json, article 1, paragraph 1, question 2: expected text in 'context'" in str(caught.value)
+    rows, counts = read(content, skip=True)
+    assert ([row.id for row in rows], counts) == (["q1"], {"empty text": 2})
+
+
+def test_bad_questions_stand_in_their_place_with_the_id_they_have(tmp_path):
+    ids = ["a", "", None, 7, True, {"n": 1}, "\ud800", "a", "b"]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(squad(*map(question, ids))))
+    rows = list(iter_squad(path))
+    assert [type(row) is BadQuestion for row in rows] == [False, *[True] * 7, False]
+    assert [row.id for row in rows] == ["a", None, None, 7, None, None, None, "a", "b"]
+    assert [row.kind for row in rows[1:8]] == [*["empty text"] * 2, *["not text"] * 3, "encoding", "duplicate id"]
+
+
+def test_answers_that_are_not_asked_for_may_be_anything(tmp_path):
+    wrong = [question("a", answers=[("Bonn", 3)]), question("b") | {"answers": 5}, question("c", is_impossible="no")]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(squad(*wrong)))
+    rows = list(iter_squad(path, answers=False))
+    assert [(row.id, row.question, row.context, row.answers) for row in rows] == [
+        (id, "Where?", CONTEXT, ()) for id in "abc"
+    ]
+    assert all(type(row) is BadQuestion for row in iter_squad(path))
 
 
 @pytest.mark.parametrize(

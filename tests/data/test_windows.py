@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -128,6 +129,122 @@ def test_a_window_too_short_for_the_question_is_named(tokenizer):
         make_windows(tokenizer, [question("the cat")], 60)
     with pytest.raises(UserError, match="doc_stride and max_query must be at least 1, not 0 and 64"):
         make_windows(tokenizer, [question("the cat")], 128, doc_stride=0)
+
+
+# -- windows kept between runs ----------------------------------------------------------------------------------------
+
+LONG = "the cat sat on the red mat and ran far"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "electrax" / "rows"
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The texts that are tokenized from now on."""
+    texts = []
+    encode, encode_batch = Tokenizer.encode, Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: texts.append(text) or encode(self, text))
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, some: texts.extend(some) or encode_batch(self, some))
+    return texts
+
+
+def asked():
+    """Two questions on one context of several windows; one that is bad; one impossible, on a context with accents."""
+    return [
+        question(LONG, "red mat"),
+        question(LONG, "ran", "where"),
+        question("the  cat", "  "),
+        question("the Cafe\u0301 東京", impossible=True),
+    ]
+
+
+def short_windows(tokenizer, examples, keep=True, max_length=10, doc_stride=3, max_query=2):
+    return make_windows(tokenizer, examples, max_length, doc_stride, max_query, keep)
+
+
+def assert_same(found, expected):
+    assert found.rows.sha256() == expected.rows.sha256()
+    for name, values in expected.rows.fields.items():
+        assert found.rows.fields[name].dtype == values.dtype
+    assert (found.examples, found.bad) == (expected.examples, expected.bad)
+    for some, wanted in zip(found.spans, expected.spans, strict=True):
+        assert some.tolist() == wanted.tolist() and some.dtype == wanted.dtype
+
+
+def test_the_same_questions_are_made_into_windows_once(tokenizer, cache, encoded):
+    expected = short_windows(tokenizer, asked(), keep=False)
+    assert not cache.exists()
+    assert_same(short_windows(tokenizer, asked()), expected)
+    encoded.clear()
+    found = short_windows(tokenizer, asked())
+    assert encoded == []
+    assert_same(found, expected)
+    assert row(found, 1) == ids("[CLS] who sat [SEP] on the red mat and [SEP]")
+    assert fields(found, "question", "start", "end", "document")[1] == (0, 6, 7, 3)
+    assert found.rows.fields["question"].tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert [len(example.answers) for example in found.examples] == [1, 1, 0]
+    assert found.bad[0].message == "expected an answer that holds a word, found '  '"
+    assert found.spans[2].tolist() == [[0, 3], [4, 9], [10, 11], [11, 12]]
+
+
+def test_no_question_may_be_kept_too(tokenizer, cache):
+    for _ in range(2):
+        windows = short_windows(tokenizer, [])
+        assert (len(windows.rows), windows.examples, windows.spans, windows.bad) == (0, (), (), ())
+
+
+def test_windows_of_other_questions_or_settings_are_made_anew(tokenizer, cache, encoded, tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*WORDS, "a"]), encoding="utf-8")
+    first = asked()[0]
+    others = [
+        {"examples": [dataclasses.replace(first, context=f"{LONG} .")]},
+        {"examples": [dataclasses.replace(first, question="where")]},
+        {"examples": [dataclasses.replace(first, answers=(Answer("red", LONG.index("red")),))]},
+        {"examples": [dataclasses.replace(first, answers=(Answer("the", LONG.index("the red")),))]},
+        {"examples": [dataclasses.replace(first, answers=())]},
+        {"examples": [dataclasses.replace(first, answers=(), impossible=True)]},
+        {"examples": [first, first]},
+        {"max_length": 9},
+        {"doc_stride": 2},
+        {"max_query": 1},
+        {"tokenizer": Tokenizer.load(path)},
+    ]
+    values = {"tokenizer": tokenizer, "examples": [first]}
+    short_windows(**values)
+    for other in others:
+        expected = short_windows(**(values | other), keep=False)
+        encoded.clear()
+        found = short_windows(**(values | other))
+        assert encoded != [], other
+        assert_same(found, expected)
+
+
+def test_windows_that_were_kept_belong_to_the_questions_that_are_asked(tokenizer, cache, encoded):
+    short_windows(tokenizer, asked())
+    encoded.clear()
+    renamed = [dataclasses.replace(example, id="other", where="g.json") for example in asked()]
+    found = short_windows(tokenizer, renamed)
+    assert encoded == []
+    assert found.examples == (*renamed[:2], renamed[3])
+    assert found.bad[0].where == "g.json"
+
+
+def test_a_damaged_file_of_kept_windows_is_made_anew(tokenizer, cache, encoded):
+    expected = short_windows(tokenizer, asked())
+    whole = {path: path.read_bytes() for path in cache.iterdir()}
+    assert len(whole) == 2  # the contexts and the windows
+    for path, content in whole.items():
+        for damaged in (b"", content[:-1], content[:200] + bytes([content[200] ^ 1]) + content[201:]):
+            path.write_bytes(damaged)
+            encoded.clear()
+            assert_same(short_windows(tokenizer, asked()), expected)
+            assert encoded != []
+            assert path.read_bytes() == content
 
 
 # -- maximal context --------------------------------------------------------------------------------------------------

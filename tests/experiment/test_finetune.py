@@ -16,6 +16,7 @@ import electrax
 from electrax.config import UserError, load
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import FinetuneConfig
+from electrax.experiment.examples import read_examples
 from electrax.experiment.finetune import (
     evaluate_trained,
     get_tokenizer,
@@ -23,10 +24,9 @@ from electrax.experiment.finetune import (
     read_head,
     resolve,
     set_up,
-    start_of,
 )
-from electrax.experiment.rows import read_examples
 from electrax.experiment.run import load_params, mesh_for
+from electrax.experiment.start import start_of
 from electrax.inference.classifier import Classifier
 from electrax.report.finetune import show_seeds, summarize_seeds
 from electrax.training.tracking import Tracker
@@ -47,6 +47,13 @@ from tests.fixtures.finetuning import (
 
 STEPS = 6
 FAST = {"learning_rate": 0.01, "layer_decay": 1.0}
+
+
+def started(config, head):
+    """The parameters that a run starts with; a word stands for those that are drawn."""
+    start = start_of(config.init_from)
+    drawn = {"embeddings": load_params(start)[1]["embeddings"], "head": "drawn"}
+    return initial_params(config, head, Tokenizer.load(start), drawn, mesh_for(config))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +146,7 @@ def test_a_masked_lm_gives_its_encoder_too(config, tmp_path):
     kept = load_params(workdir)[1]
     assert kept.keys() == {"embeddings", "generator"}
     changed = config(tmp_path / "run", init_from=str(workdir))
-    found = initial_params(changed, {}, {"head": "drawn"}, mesh_for(changed))
+    found = started(changed, {})
     assert found["head"] == "drawn"
     assert same_bits(flat(found["embeddings"]), flat(kept["embeddings"]))
     assert same_bits(flat(found["discriminator"]["encoder"]), flat(kept["generator"]["encoder"]))
@@ -154,7 +161,7 @@ def test_a_fine_tuning_of_the_same_classes_is_continued_with_its_head(config, st
 @pytest.mark.parametrize("change", [{"classes": ["bad", "good"]}, {"kind": "labels"}, {"style": "dense"}])
 def test_a_fine_tuning_of_other_outputs_gives_all_but_its_head(config, straight, change):
     changed = config("unused", init_from=str(straight))
-    found = initial_params(changed, read_head(straight) | change, {"head": "drawn"}, mesh_for(changed))
+    found = started(changed, read_head(straight) | change)
     assert found["head"] == "drawn"
     kept = params_of(straight)
     assert all(
@@ -166,9 +173,9 @@ def test_of_several_seeds_it_starts_from_the_best(config, seeds, tmp_path):
     workdir, stopped, _ = seeds
     best = workdir / results_of(workdir)["best"]
     changed = resolve(config(tmp_path, init_from=str(workdir)))
-    assert start_of(changed) == best
+    assert start_of(changed.init_from) == best
     assert get_tokenizer(changed, []).sha256 == Tokenizer.load(best).sha256
-    found = initial_params(changed, read_head(best), {"head": None}, mesh_for(changed))
+    found = started(changed, read_head(best))
     assert same_bits(flat(found), params_of(best))
     with pytest.raises(UserError, match="its seeds are not all trained yet"):
         resolve(config(tmp_path, init_from=str(stopped)))
@@ -189,8 +196,10 @@ def test_shape_comes_from_the_pretraining_and_rates_from_the_paper(tmp_path, siz
     assert resolve(found) == found
     set_by_hand = resolve(finetuning("any", init_from=str(tmp_path), optimizer={"learning_rate": 1e-5}))
     assert (set_by_hand.optimizer.learning_rate, set_by_hand.optimizer.layer_decay) == (1e-5, decay)
+    longer = resolve(finetuning("any", init_from=str(tmp_path), data={"max_length": 65}))
+    assert longer.model.max_length == 65  # later positions are drawn
     with pytest.raises(UserError, match="data.max_length 65 is more than the model's 64"):
-        resolve(finetuning("any", init_from=str(tmp_path), data={"max_length": 65}))
+        resolve(finetuning("any", model={"max_length": 64}, data={"max_length": 65}))
 
 
 def test_what_was_resolved_is_kept_in_the_work_directory(straight, seeds):
@@ -225,7 +234,7 @@ def test_a_run_must_be_kept_somewhere():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_from": "gone"}, "gone/config.toml: no such file; expected the work directory of an electrax run"),
+        ({"init_from": "gone/for/good"}, "^gone/for/good: no such file or directory$"),
         ({"metric": "f2"}, "metric f2: expected one of accuracy"),
         ({"batch_size": 12}, "batch_size 12 does not divide over 8 devices; the next one that does is 16"),
         ({"data": {"text": ["txt"]}}, "dev.csv: no column 'txt'; did you mean 'text'"),
@@ -420,7 +429,7 @@ def test_the_best_step_is_what_is_evaluated_loaded_and_started_from(early, confi
     assert not same_bits(best, params_of(workdir))
     assert same_bits(flat(electrax.load(workdir).params), best)
     next_one = config("unused", init_from=str(workdir))
-    assert same_bits(flat(initial_params(next_one, read_head(workdir), {"head": None}, mesh_for(next_one))), best)
+    assert same_bits(flat(started(next_one, read_head(workdir))), best)
 
 
 def test_a_run_that_ended_early_and_is_repeated_stays_as_it_is(early):
@@ -460,7 +469,7 @@ def test_a_teacher_brings_the_probabilities_nearer_to_its_own(config, straight, 
         ({"head": {"kind": "labels"}}, "its head.kind is classes, not labels"),
         ({"data": {"train": "others.csv", "dev": "others.csv"}}, "its classes are not those of the rows"),
         ({"teacher": {"path": "PRETRAINED"}}, "expected the work directory of a classifier"),
-        ({"teacher": {"path": "gone"}}, "gone/config.toml: no such file"),
+        ({"teacher": {"path": "gone/for/good"}}, "^gone/for/good: no such file or directory$"),
     ],
 )
 def test_a_teacher_of_another_kind_is_refused(config, straight, pretrained, folder, tmp_path, changes, message):

@@ -101,6 +101,63 @@ def test_no_text_is_an_error(model):
         model.encode([])
 
 
+def test_one_text_instead_of_a_list_is_an_error(model):
+    for method in (model.encode, model.embed):
+        with pytest.raises(UserError, match="expected a list of texts, not one text"):
+            method("the cat")
+
+
+# -- embed ------------------------------------------------------------------------------------------------------------
+
+MIXED = ["cat", "the cat sat on the mat", "", "a dog ran", " ".join(["cat"] * 20), "red", "a " * 46] * 3
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embed_pools_the_hidden_states_of_the_real_tokens(model, pooling):
+    found = model.embed(MIXED, pooling)
+    assert found.shape == (21, WIDTH) and found.dtype == np.float32
+    for text, vector, hidden in zip(MIXED, found, model.encode(MIXED), strict=True):
+        real = hidden[: len(model.tokenizer.encode(text)[0]) + 2]
+        np.testing.assert_allclose(vector, real.mean(0) if pooling == "mean" else real[0], atol=1e-5)
+    assert np.ptp(found[:7], axis=0).min() > 1e-3
+
+
+def test_a_texts_vector_does_not_depend_on_the_others_nor_on_their_order(model):
+    together = model.embed(MIXED)
+    np.testing.assert_allclose(model.embed(MIXED[::-1])[::-1], together, atol=1e-6, rtol=0)
+    for place in (0, 2, 6, 20):
+        np.testing.assert_allclose(model.embed([MIXED[place]])[0], together[place], atol=1e-6, rtol=0)
+
+
+def test_embed_gives_the_mean_by_default_and_nothing_for_nothing(model):
+    np.testing.assert_array_equal(model.embed(["the cat"]), model.embed(["the cat"], "mean"))
+    assert model.embed([]).shape == (0, WIDTH)
+
+
+def test_embed_refuses_a_text_that_is_too_long_or_cuts_it(model):
+    with pytest.raises(UserError, match="the text has 60 tokens, but the model takes 46"):
+        model.embed(["cat " * 60])
+    np.testing.assert_array_equal(model.embed(["cat " * 60], truncate=True), model.embed(["cat " * 46]))
+
+
+def test_another_pooling_is_an_error(model):
+    with pytest.raises(UserError, match="embed: expected the pooling mean or cls, not 'max'"):
+        model.embed(["cat"], "max")
+
+
+def test_a_fine_tuned_encoder_embeds_as_the_pretrained_one_does(model):
+    """With the parameters that a fine-tuning task keeps."""
+    kept = {
+        "embeddings": model.params["embeddings"],
+        "discriminator": {"encoder": model.params["discriminator"]["encoder"]},
+    }
+    encoder = PretrainedModel(kept, model.tokenizer, None, model.discriminator, LENGTH, detects=False)
+    np.testing.assert_array_equal(encoder.embed(MIXED[:4]), model.embed(MIXED[:4]))
+    for ask in (encoder.detect, lambda text: encoder.classify([text], ["red", "blue"])):
+        with pytest.raises(UserError, match="this model is an encoder alone, without the discriminator's head"):
+            ask("the cat")
+
+
 # -- detect -----------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +241,67 @@ def test_fill_refuses_a_text_that_is_too_long(model):
         model.fill("cat " * 60 + "[MASK]")
 
 
+# -- classify ---------------------------------------------------------------------------------------------------------
+
+
+def original(model, text, word):
+    """Minus the mean of the discriminator's logits at `word`, which is the text's last but for one token."""
+    count = len(model.tokenizer.encode(word)[0])
+    probabilities = np.array([token.probability for token in model.detect(text)[-1 - count : -1]])
+    return -np.mean(np.log(probabilities / (1 - probabilities)))
+
+
+def test_classify_gives_the_label_whose_word_looks_most_original(model):
+    texts, labels = ["the cat sat", "a dog ran under the mat", ""], ["red", "blue", "big hats"]
+    found = model.classify(texts, labels, "{text} the hat sat {label},")
+    for text, row in zip(texts, found, strict=True):
+        logits = [original(model, f"{text} the hat sat {label},", label) for label in labels]
+        shares = np.exp(logits) / np.exp(logits).sum()
+        assert row["label"] == labels[int(np.argmax(shares))]
+        assert row["probabilities"] == pytest.approx(dict(zip(labels, shares.tolist(), strict=True)), abs=1e-4)
+        assert row["probability"] == row["probabilities"][row["label"]] and set(row) == {
+            "label",
+            "probability",
+            "probabilities",
+        }
+    assert np.ptp([row["probabilities"]["red"] for row in found]) > 1e-3
+
+
+def test_classify_names_the_classes_where_labels_have_words(model):
+    by_word = model.classify(["the cat sat"], ["red", "blue"])[0]["probabilities"]
+    by_class = model.classify(["the cat sat"], {"+": "red", "-": "blue"})[0]["probabilities"]
+    assert by_class == {"+": by_word["red"], "-": by_word["blue"]}
+
+
+def test_classify_takes_pairs_with_a_template_for_them(model):
+    template = "{text}, the {label}, {text2}"
+    found = model.classify([("the cat", "a dog ran"), ("a dog ran", "the cat")], ["red", "blue"], template)
+    [other] = model.classify(["the cat"], ["red", "blue"], "{text}, the {label}, a dog ran")
+    assert found[0]["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
+    assert found[1]["probabilities"] != pytest.approx(other["probabilities"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        ("the cat", ["red", "blue"], "classify: expected lists of texts and of labels, not one text or label"),
+        (["the cat"], "red", "classify: expected lists of texts and of labels, not one text or label"),
+        (["the cat"], ["red"], "labels: expected at least two, not 1"),
+        (["the cat"], {"a": "red", "b": ""}, "labels: label 2 is empty; expected a word"),
+        ([("the cat", "the dog")], ["red", "blue"], "takes texts: 1, but row 1 has 2"),
+    ],
+)
+def test_classify_refuses_what_it_cannot_fill(model, texts, labels, message):
+    with pytest.raises(UserError, match=message):
+        model.classify(texts, labels)
+
+
+def test_an_electric_discriminator_cannot_classify(model):
+    electric = PretrainedModel(model.params, model.tokenizer, None, model.discriminator, LENGTH, detects=False)
+    with pytest.raises(UserError, match="classify: an Electric discriminator's probabilities need its generator's"):
+        electric.classify(["the cat"], ["red", "blue"])
+
+
 # -- masked LM alone --------------------------------------------------------------------------------------------------
 
 
@@ -191,5 +309,10 @@ def test_a_masked_language_model_encodes_and_fills_but_cannot_detect(tokenizer):
     model = make_model(tokenizer, kind="mlm")
     assert model.encode(["the cat"]).shape == (1, 4, WIDTH)
     assert len(model.fill("the [MASK]")) == 1
+    assert model.embed(["the cat"]).shape == (1, WIDTH)
     with pytest.raises(UserError, match="detect: this model was trained with masked LM alone and has no discriminator"):
         model.detect("the cat")
+    with pytest.raises(
+        UserError, match="classify: this model was trained with masked LM alone and has no discriminator"
+    ):
+        model.classify(["the cat"], ["red", "blue"])

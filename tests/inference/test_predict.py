@@ -10,6 +10,7 @@ import pytest
 
 import electrax
 from electrax.config import UserError
+from electrax.inference.predict import PredictConfig, predict_lines
 from electrax.tasks.answers import question_figures
 from tests.fixtures.finetuning import (
     MODEL,
@@ -136,7 +137,7 @@ def test_letters_beyond_ascii_are_written_as_they_are(tmp_path, reviews):
         (["RUN"], "predict: expected WORKDIR INPUT"),
         (["RUN", "gone.txt"], "gone.txt: no such file"),
         (["RUN", "a.png"], "a.png: expected a name that ends in"),
-        (["gone", "a.txt"], "gone/config.toml: no such file; expected the work directory of an electrax run"),
+        (["gone/for/good", "a.txt"], "gone/for/good: no such file or directory"),
         (["RUN", "a.txt", "--txt", "a"], "unknown key txt; did you mean text?"),
     ],
 )
@@ -291,6 +292,61 @@ def test_questions_come_from_a_table_or_lines_too(reader, tmp_path, monkeypatch)
     assert answers(from_stdin(monkeypatch, lines, reader, "-")) == answers(expected)
     with pytest.raises(UserError, match="expected the columns of question and context, found question"):
         predict(reader, tmp_path / "a.csv", "--text", "question")
+
+
+def test_a_question_that_cannot_be_read_gives_an_error_in_its_place(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr("electrax.inference.predict.ROWS", 3)
+    context = "the cat sat and the dog ran"
+
+    def asked(*ids, context=context, text="who ran"):
+        return {"context": context, "qas": [{"id": id, "question": text} for id in ids]}
+
+    paragraphs = [
+        asked("a"),
+        asked("no question", text=" "),
+        asked("b", 7, "c", None),
+        asked("no context", "", context=""),
+        asked("a"),
+        asked("half \ud83d"),
+        {"context": context, "qas": [{"id": "d", "question": "who ran", "answers": "not asked for"}]},
+    ]
+    write(tmp_path / "a.json", json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    status, output = call("predict", reader, tmp_path / "a.json")
+    found = [json.loads(line) for line in output.splitlines()]
+    assert status == 0 and output.encode()
+    place = "a.json, article 1, paragraph {}, question {}: expected text in {}"
+    expected = [
+        ("a", None),
+        ("no question", "a.json, question no question: expected text in 'question', found none"),
+        ("b", None),
+        (7, "a.json, question 7: expected text in 'id', found 7"),
+        ("c", None),
+        ("none", place.format(3, 4, "'id', found none")),
+        ("no context", "a.json, question no context: expected text in 'context', found none"),
+        ("none", place.format(4, 2, "'context', found none")),
+        ("a", "a.json, question a: expected an id of its own, found one that was used before"),
+        ("none", place.format(6, 1, "'id', found half a surrogate pair")),
+        ("d", None),
+    ]
+    assert [line.get("id", "none") for line in found] == [id for id, _ in expected]
+    for line, (_, message) in zip(found, expected, strict=True):
+        assert line.get("error") == (message and f"{tmp_path}/{message}")
+        assert message or line["text"] == context[line["start"] : line["end"]]
+
+
+def test_a_file_of_questions_that_is_wrong_as_a_whole_is_an_error_before_the_first_line(reader, tmp_path):
+    def first(text):
+        config = PredictConfig(str(reader), str(write(tmp_path / "a.json", text)))
+        return next(predict_lines(electrax.load(reader), config, ("question", "context")))
+
+    good = json.loads(squad(TOLD[:1]))["data"]
+    assert json.loads(first(json.dumps({"data": good})))["id"] == TOLD[0][0]
+    with pytest.raises(UserError, match=r"^\S*a.json: expected JSON \(.*\)$"):
+        first("the film was good\n")
+    with pytest.raises(UserError, match=r"^\S*a.json: expected SQuAD's format, an object with a list of .* 'data'$"):
+        first("[]")
+    with pytest.raises(UserError, match=r"^\S*a.json, article 2: expected SQuAD's format, .* 'paragraphs'$"):
+        first(json.dumps({"data": [*good, {"title": "b"}]}))
 
 
 def test_a_model_as_an_object_says_the_same(reader, numbers, reviews):
