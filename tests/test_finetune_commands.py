@@ -82,7 +82,7 @@ def trained(folder):
         ("finetune csv --data.path REVIEWS --data.dev gone.csv", "gone.csv: no such file"),
         ("finetune csv --data.path REVIEWS --data.label stars", "reviews.csv: no column 'stars'"),
         ("finetune csv --data.path REVIEWS", "reviews.csv: 2 bad rows (1 empty text, 1 label): "),
-        ("finetune csv --data.path REVIEWS --init_from gone", "gone/config.toml: no such file; expected the work"),
+        ("finetune csv --data.path REVIEWS --init_from gone/for/good", "gone/for/good: no such file or directory"),
         ("finetune cola --data.path FOLDER", "expected the file CoLA/dev.tsv in it"),
         ("finetune squad1 --data.path FOLDER", "dev-v1.1.json: no such file"),
         ("finetune glue --data.path FOLDER", "command line: unknown key data"),

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,19 +12,33 @@ import numpy as np
 from jax.sharding import Mesh
 
 from electrax.config import UserError, build, read_toml, to_toml
+from electrax.convert.weights import read_tree
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
 from electrax.tasks.base import Batch, Params, Task
 from electrax.training.checkpoint import Checkpoints, restore_newest_params
 from electrax.training.evaluate import make_evaluate
-from electrax.training.loop import Record, train
+from electrax.training.lockstep import JointStep, lockstep
+from electrax.training.loop import Interrupted, NonFiniteLoss, Record, train
 from electrax.training.optim import make_optimizer
-from electrax.training.sharding import MeshConfig, local_rows, make_mesh, put_batch, row_ways
-from electrax.training.state import Step, TrainState, abstract_state, choose_microbatch, fresh_state, make_step
+from electrax.training.sharding import MeshConfig, local_rows, make_mesh, params_sharding, put_batch, row_ways
+from electrax.training.state import (
+    Request,
+    Step,
+    StepResult,
+    TrainState,
+    abstract_state,
+    choose_microbatch,
+    fresh_state,
+    make_step,
+)
 
 CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
+HEAD_FILE = "head.json"  # what a fine-tuned head's outputs mean
+WEIGHTS_FILE = "model.safetensors"  # of a model without checkpoints
 # keys that may be other ones when a run is resumed
-MAY_CHANGE = {"workdir", "seeds", "steps", "epochs", "checkpoint", "eval", "log", "mesh"}
+MAY_CHANGE = {"workdir", "seeds", "seeds_at_once", "steps", "epochs", "checkpoint", "eval", "log", "mesh"}
+MEMORY_SHARE = 0.8  # of an accelerator that models side by side may take; the rest is for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +65,31 @@ class Run:
 
     def memory(self) -> int:
         """Compiles the step for the largest batch; the bytes of a device that it needs (0: not known)."""
-        step = self.step_function.compiled(self.state, put_batch(self.example, self.mesh))
-        memory = step.memory_analysis()
-        return memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+        return _needed(self._compiled())
 
-    def train(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+    def _compiled(self) -> jax.stages.Compiled:
+        return self.step_function.compiled(self.state, put_batch(self.example, self.mesh))
+
+    def models_at_once(self) -> int:
+        """How many models like this one an accelerator has room to train side by side; 1 on a CPU, which would not be
+        quicker so."""
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
+        memory = self._compiled().memory_analysis() if limit else None
+        if memory is None:
+            return 1
+        # the states are there twice: each by itself, and all of them stacked
+        model = 2 * memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        return max(1, int(MEMORY_SHARE * limit / model))
+
+    def train(
+        self, stop: Callable[[], bool] = lambda: False, alone: bool = True
+    ) -> Generator[Record | Request, StepResult | None, None]:
+        """The records of a run alone; of one among others also the steps that are to be taken for it."""
         return train(
             self.task,
             self.state,
-            self.step_function,
+            self.step_function if alone else None,
             self.evaluate,
             self.checkpoints,
             self.mesh,
@@ -123,6 +153,37 @@ def assemble(
     )
 
 
+def _needed(step: jax.stages.Compiled) -> int:
+    memory = step.memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+
+
+def side_by_side(runs: Mapping[str, Run]) -> tuple[JointStep, int]:
+    """The step of several runs of one model and one data, compiled for their largest batch, and the bytes of a device
+    that it needs (0: not known)."""
+    step = JointStep({name: run.step_function for name, run in runs.items()})
+    unfinished = [name for name, run in runs.items() if run.start < run.steps] or list(runs)
+    batches = {name: put_batch(runs[name].example, runs[name].mesh) for name in unfinished}
+    requests = {name: Request(runs[name].start, runs[name].state, batches[name]) for name in unfinished}
+    return step, _needed(step.compiled(requests))
+
+
+def train_side_by_side(
+    runs: Mapping[str, Run], step: JointStep, stop: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[str, Record | NonFiniteLoss | Interrupted]]:
+    """The records of all runs, each with the run's name. A loss that is not finite ends the one run; after a stop every
+    run saves and ends."""
+    stopping = False
+
+    def take(requests: Mapping[str, Request]) -> dict[str, StepResult]:
+        nonlocal stopping
+        stopping = stop()  # asked once for all of them, so that they are saved at one step
+        return step(requests)
+
+    trained = {name: run.train(lambda: stopping, alone=False) for name, run in runs.items()}
+    return lockstep(trained, take, (NonFiniteLoss, Interrupted))
+
+
 def mesh_for(config: Any) -> Mesh:
     """The mesh of a config. Raises UserError where the batch does not divide over it."""
     mesh = make_mesh(config.mesh)
@@ -181,10 +242,14 @@ def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[st
 
 
 def load_params(workdir: str | os.PathLike, mesh: Mesh | None = None, latest: int | None = None) -> tuple[int, Params]:
-    """(step, parameters) of the newest whole checkpoint of a run (of step `latest` at most), on a mesh (default: the
-    first device)."""
+    """(step, parameters) of the newest whole checkpoint of a run (of step `latest` at most), or of a converted model
+    (step 0), on a mesh (default: the first device)."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    weights = pathlib.Path(workdir) / WEIGHTS_FILE
     restored = restore_newest_params(pathlib.Path(workdir) / "checkpoints", mesh, latest)
+    if restored is None and weights.is_file():
+        params = read_tree(weights)
+        return 0, jax.device_put(params, params_sharding(params, mesh))
     if restored is None:
         raise UserError(f"{workdir}: no checkpoint yet")
     return restored

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +16,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from electrax.data.shards import locked, write_atomically
-from electrax.experiment.run import RESULTS_FILE, Run
+from electrax.experiment.run import RESULTS_FILE, Run, side_by_side, train_side_by_side
 from electrax.models.flops import peak_flops
-from electrax.training.loop import Interrupted, Record
+from electrax.training.loop import Interrupted, NonFiniteLoss, Record
 from electrax.training.optim import learning_rate
 from electrax.training.tracking import Tracker
 
 console = Console()
 INTERRUPTED = 130  # exit status
+
+
+class NamedConsole(Console):
+    """Plain lines that begin with a run's name: one terminal has no room for the bars of several."""
+
+    def __init__(self, name: str):
+        super().__init__(force_terminal=False)
+        self._name = name
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(self._name, *objects, **options)
 
 
 def show_line(name: str, value: str) -> None:
@@ -110,10 +121,7 @@ def train_and_track(run: Run, command: str) -> Record | None:
     console.print("compiling the step …")
     needed = run.memory()
     show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
-    workdir = pathlib.Path(run.config.workdir)
-    if run.start < run.steps:
-        (workdir / RESULTS_FILE).unlink(missing_ok=True)  # those of a shorter run
-    tracker = Tracker(workdir, run.start, run.steps, _rates(run), console)
+    tracker = _track(run, console)
     final: Record | None = None
     try:
         with StopSignal() as stop:
@@ -122,13 +130,52 @@ def train_and_track(run: Run, command: str) -> Record | None:
                 final = record if record.kind == "eval" else final
     except Interrupted as stopped:
         run.checkpoints.close()
-        console.print(f"saved step {stopped.step} in {workdir}; to continue: {command}", soft_wrap=True)
+        console.print(f"saved step {stopped.step} in {run.config.workdir}; to continue: {command}", soft_wrap=True)
         return None
     finally:
         tracker.close()
         run.checkpoints.close()
     assert final is not None  # the loop always evaluates the last step
     return final
+
+
+def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[str, Record | NonFiniteLoss] | None:
+    """The same for several runs in one program: the last evaluation of each, or why it did not train."""
+    console.print("compiling the step …")
+    step, needed = side_by_side(runs)
+    rows = next(iter(runs.values())).microbatch
+    show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, {len(runs)} models with micro-batches of {rows} rows")
+    ends: dict[str, Record | NonFiniteLoss] = {}
+    stopped: dict[str, Interrupted] = {}
+    with contextlib.ExitStack() as stack:
+        trackers = {name: _track(run, NamedConsole(name)) for name, run in runs.items()}
+        for name, run in runs.items():
+            stack.callback(run.checkpoints.close)
+            stack.callback(trackers[name].close)
+        for name, event in train_side_by_side(runs, step, stack.enter_context(StopSignal())):
+            match event:
+                case Interrupted():
+                    stopped[name] = event
+                case NonFiniteLoss():
+                    ends[name] = event
+                    console.print(f"{name} [bold red]did not train[/]; the others go on")
+                case Record():
+                    trackers[name].write(event)
+                    if event.kind == "eval":
+                        ends[name] = event
+    for name, ending in stopped.items():
+        console.print(f"saved step {ending.step} in {runs[name].config.workdir}", soft_wrap=True)
+    if stopped:
+        console.print(f"to continue: {command}", soft_wrap=True)
+        return None
+    return ends
+
+
+def _track(run: Run, console: Console) -> Tracker:
+    workdir = pathlib.Path(run.config.workdir)
+    if run.start < run.steps:
+        (workdir / RESULTS_FILE).unlink(missing_ok=True)  # those of a shorter run
+    return Tracker(workdir, run.start, run.steps, _rates(run), console)
 
 
 def _rates(run: Run):

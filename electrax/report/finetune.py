@@ -1,9 +1,11 @@
 """What a person sees of a fine-tuning: preflight, the score and its spread over seeds, tables, what did not train."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from electrax.report.common import (
     show_steps,
     show_table,
     train_and_track,
+    train_and_track_side_by_side,
     write_results,
 )
 from electrax.tasks.finetune import LESS_IS_BETTER, FinetuneTask
@@ -44,19 +47,18 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
         check_continued(config)
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / CONFIG_FILE, to_toml(config))
-    runs: dict[str, dict[str, Any]] = {}
-    for seed in range(config.seed, config.seed + config.seeds):
-        results = train_seed(config, seed, command)
-        if results is None:
-            return INTERRUPTED
-        runs[f"seed-{seed}"] = results
+    runs = train_seeds(config, range(config.seed, config.seed + config.seeds), command)
+    if runs is None:
+        return INTERRUPTED
     results = summarize_seeds(runs)
     keep = {results["best"], results["median_run"]}
-    for name in keep:  # what an earlier choice among fewer seeds did not keep
+    lost = []  # what an earlier choice among fewer seeds did not keep
+    for name in keep:
         if runs[name]["score"] is not None and not any((workdir / name / "checkpoints").glob("[0-9]*")):
             (workdir / name / RESULTS_FILE).unlink(missing_ok=True)
-            if train_seed(config, int(name.removeprefix("seed-")), command) is None:
-                return INTERRUPTED
+            lost.append(int(name.removeprefix("seed-")))
+    if train_seeds(config, lost, command) is None:
+        return INTERRUPTED
     write_results(workdir, results)
     for name in set(runs) - keep:
         shutil.rmtree(workdir / name / "checkpoints", ignore_errors=True)
@@ -64,48 +66,95 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
     return 0
 
 
-def train_seed(config: FinetuneConfig, seed: int, command: str) -> dict[str, Any] | None:
-    """The results of one of several seeds, trained if they are not there yet; None after a stop that saved."""
-    workdir = pathlib.Path(config.workdir) / f"seed-{seed}"
-    one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(workdir))
-    results = read_results(workdir)
-    if results is not None and is_of(one):
-        return results
-    console.rule(f"seed {seed}")
-    try:
-        return train_one(one, command)
-    except NonFiniteLoss as error:  # the other seeds are worth having
-        console.print(f"[bold red]did not train:[/] {escape(str(error))}", soft_wrap=True)
-        results = {"task": config.task, "metric": None, "score": None, "scores": [None], "failed": [str(error)]}
-        write_results(workdir, results)
-        return results
+def train_seeds(config: FinetuneConfig, seeds: Iterable[int], command: str) -> dict[str, dict[str, Any]] | None:
+    """The results of these seeds by the names of their runs, of which those are trained that are not there yet; None
+    after a stop that saved."""
+    runs, left = {}, {}
+    for seed in sorted(seeds):
+        name = f"seed-{seed}"
+        workdir = pathlib.Path(config.workdir) / name
+        one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(workdir))
+        runs[name] = read_results(workdir)
+        if runs[name] is None or not is_of(one):
+            left[name] = one
+    while left:
+        results = train_some(left, command)
+        if results is None:
+            return None
+        runs |= results
+        left = {name: one for name, one in left.items() if name not in results}
+    return runs
 
 
 def is_of(config: FinetuneConfig) -> bool:
     """Whether the finished run of a work directory has this config, its length too."""
     kept = read_config(config.workdir)
-    same = {"checkpoint": config.checkpoint, "log": config.log, "mesh": config.mesh}
-    return dataclasses.replace(kept, **same) == config
+    names = ("checkpoint", "log", "mesh", "seeds_at_once")
+    return dataclasses.replace(kept, **{name: getattr(config, name) for name in names}) == config
+
+
+def train_some(configs: dict[str, FinetuneConfig], command: str) -> dict[str, dict[str, Any]] | None:
+    """The results of the first of these runs, and of as many more as are trained side by side with it."""
+    made: dict[str, tuple[Run, TaskRows]] = {}
+    with contextlib.ExitStack() as stack:
+        at_once = len(configs)
+        for name, config in configs.items():
+            if len(made) == at_once:
+                break
+            stack.enter_context(alone(config.workdir))
+            made[name] = set_up(config)
+            if len(made) == 1:
+                console.rule(name.replace("-", " "))
+                show_preflight(*made[name])
+                at_once = min(at_once, config.seeds_at_once or made[name][0].models_at_once())
+        if at_once > 1:
+            show_line("side by side", ", ".join(made))
+        finals = train_and_track_all({name: run for name, (run, _) in made.items()}, command)
+        if finals is None:
+            return None
+        results = {}
+        for name, (run, rows) in made.items():
+            if at_once > 1:
+                console.rule(name.replace("-", " "))
+            results[name] = finish(run, rows, finals[name])
+        return results
+
+
+def train_and_track_all(runs: dict[str, Run], command: str) -> dict[str, Record | NonFiniteLoss] | None:
+    """The last evaluation of each run, or why it did not train; None after a stop that saved."""
+    if len(runs) > 1:
+        return train_and_track_side_by_side(runs, command)
+    [(name, run)] = runs.items()
+    try:
+        final = train_and_track(run, command)
+    except NonFiniteLoss as error:  # other seeds are worth having
+        return {name: error}
+    return final and {name: final}
 
 
 def train_one(config: FinetuneConfig, command: str) -> dict[str, Any] | None:
     """Trains and reports one model; its results, or None after a stop that saved."""
     with alone(config.workdir):
-        return _train_one(config, command)
+        run, rows = set_up(config)
+        show_preflight(run, rows)
+        final = train_and_track(run, command)
+        return final and finish(run, rows, final)
 
 
-def _train_one(config: FinetuneConfig, command: str) -> dict[str, Any] | None:
-    run, rows = set_up(config)
-    show_preflight(run, rows)
-    final = train_and_track(run, command)
-    if final is None:
-        return None
+def finish(run: Run, rows: TaskRows, final: Record | NonFiniteLoss) -> dict[str, Any]:
+    """Reports a trained model, or why it did not train, and writes its results."""
+    config = run.config
+    if isinstance(final, NonFiniteLoss):
+        console.print(f"[bold red]did not train:[/] {escape(str(final))}", soft_wrap=True)
+        results = {"task": config.task, "metric": None, "score": None, "scores": [None], "failed": [str(final)]}
+        write_results(config.workdir, results)
+        return results
     if config.eval.patience:
         best = run.checkpoints.best()
         run.checkpoints.close()
         assert best is not None  # the last step is evaluated and saved
-        final = evaluate_trained(run.config, step=best[0])[2]
-    if run.config.task == "answer" and run.config.head.no_answer and run.config.head.null_threshold is None:
+        final = evaluate_trained(config, step=best[0])[2]
+    if config.task == "answer" and config.head.no_answer and config.head.null_threshold is None:
         final = at_best_threshold(run, final)
     results = describe(run.task, final) | {"notes": list(rows.notes)}
     write_results(config.workdir, results)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from electrax.config import UserError
-from electrax.tasks.base import Params, Task
+from electrax.tasks.base import Batch, Params, Task
 from electrax.training.checkpoint import Checkpoints
 from electrax.training.sharding import local_rows, put_batch
-from electrax.training.state import TrainState
+from electrax.training.state import Request, StepResult, TrainState
 from electrax.training.tracking import Record
 
 
@@ -44,7 +44,7 @@ class Interrupted(Exception):
 def train(
     task: Task,
     state: TrainState,
-    step_function: Callable,
+    step_function: Callable[[TrainState, Batch], StepResult] | None,
     evaluate: Callable[[Params], tuple[dict[str, float], dict[str, np.ndarray]]],
     checkpoints: Checkpoints,
     mesh: Mesh,
@@ -55,13 +55,15 @@ def train(
     log_every: int,
     patience: int = 0,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Record]:
+) -> Generator[Record | Request, StepResult | None, None]:
     """Trains from `state` (whose buffers it takes over) to `steps` updates.
 
     The order of the body is law: evaluate the old state, save it, take the next batch, step, log the steps before. So
     data advances only after saving, the position in the data is the step, and the host never waits for the step it has
     just started. After `patience` evaluations without a better score (0: never) training ends. Raises NonFiniteLoss,
     or Interrupted once `stop()` is true.
+
+    Without `step_function` every step is yielded as a Request, and what it gives must be sent, as `lockstep` does.
     """
     start = int(state.step)
     saved = start if start in checkpoints.steps() else -1
@@ -88,7 +90,11 @@ def train(
         if last:
             return
         batch = put_batch(task.train_batch(step, local_rows(task.batch_size)), mesh)
-        state, loss, metrics = step_function(state, batch)
+        if step_function is None:
+            state, loss, metrics = yield Request(step, state, batch)
+            window.start()
+        else:
+            state, loss, metrics = step_function(state, batch)
         if step % log_every == 0:
             yield from window.close(step)
             window.reopen()
@@ -103,6 +109,11 @@ class _Window:
 
     def add(self, loss: jax.Array, metrics: Any) -> None:
         self.results.append((loss, metrics))
+
+    def start(self) -> None:
+        """Before its first step nothing counts: what other runs did since is not this one's training time."""
+        if not self.results:
+            self.reopen()
 
     def reopen(self) -> None:
         """Time goes on counting: evaluation and saving are not training time."""

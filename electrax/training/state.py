@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -107,21 +107,36 @@ def gradients(task: Task, params: Params, prepared: Batch, mesh: Mesh, microbatc
     return total
 
 
-class Step:
-    """(state, batch) -> (state, loss, metrics), compiled once for each shape of batch; the state given is donated."""
+class Request(NamedTuple):
+    """A step that a run waits for; the state is given away."""
 
-    def __init__(self, jitted: Callable, seed: int):
-        self._jitted, self._seed = jitted, np.uint32(seed)
+    step: int  # that of the state, on the host
+    state: TrainState
+    batch: Batch
+
+
+StepResult = tuple[TrainState, Float[Array, ""], Metrics]
+
+
+class Step:
+    """(state, batch) -> (state, loss, metrics), compiled once for each shape of batch; the state given is donated.
+
+    `function` is (state, batch, seed) -> the same, not compiled; `shardings` are those of the state.
+    """
+
+    def __init__(self, function: Callable, shardings: TrainState, seed: int):
+        self.function, self.shardings, self.seed = function, shardings, np.uint32(seed)
+        self._jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None, None))
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     def compiled(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._compiled:
-            self._compiled[shapes] = self._jitted.lower(state, batch, self._seed).compile()
+            self._compiled[shapes] = self._jitted.lower(state, batch, self.seed).compile()
         return self._compiled[shapes]
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Float[Array, ""], Metrics]:
-        return self.compiled(state, batch)(state, batch, self._seed)
+    def __call__(self, state: TrainState, batch: Batch) -> StepResult:
+        return self.compiled(state, batch)(state, batch, self.seed)
 
 
 def make_step(
@@ -145,5 +160,4 @@ def make_step(
         metrics = metrics | {"gradient_norm": Mean(optax.tree.norm(grads), jnp.ones(()))}
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss, metrics
 
-    shardings = jax.tree.map(lambda s: s.sharding, abstract)
-    return Step(jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None)), seed)
+    return Step(step, jax.tree.map(lambda s: s.sharding, abstract), seed)
