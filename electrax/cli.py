@@ -17,6 +17,8 @@ USAGE = """usage: electrax COMMAND …
   finetune  CONFIG [--section.key value …]       train a classifier, tagger or question answerer; the same
   evaluate  WORKDIR [--section.key value …]      the figures of a trained model on held-out or dev rows
   predict   WORKDIR INPUT [--key value …]        one line or row in, one JSON object out
+  convert   FROM TO [--key value …]              Hugging Face or TensorFlow to electrax, electrax to Hugging Face
+  export    MODEL OUT [--format …]               a trained model as StableHLO, ONNX or safetensors
 
 electrax COMMAND --help shows every option. --debug (anywhere) shows the traceback of an error."""
 
@@ -54,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
         "finetune": finetune_command,
         "evaluate": evaluate_command,
         "predict": predict_command,
+        "convert": convert_command,
+        "export": export_command,
     }
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
@@ -202,4 +206,36 @@ def predict_command(arguments: Sequence[str]) -> int:
     columns = text_columns(config.model)
     for line in predict_lines(load(config.model), config, columns):
         print(line, flush=True)
+    return 0
+
+
+def convert_command(arguments: Sequence[str]) -> int:
+    from electrax.config import build, parse_overrides
+    from electrax.experiment.foreign import ConvertConfig
+
+    if _help(ConvertConfig, "electrax convert FROM TO", arguments):
+        return 0
+    words, options = _positional(arguments)
+    if len(words) != 2:
+        raise UserError("convert: expected FROM TO (a model, a new directory), then --key value …")
+    config = build(ConvertConfig, {**parse_overrides(options), "source": words[0], "out": words[1]}, "command line")
+    from electrax.report.convert import convert_and_report
+
+    convert_and_report(config)
+    return 0
+
+
+def export_command(arguments: Sequence[str]) -> int:
+    from electrax.config import build, parse_overrides
+    from electrax.convert.export import ExportConfig
+
+    if _help(ExportConfig, "electrax export MODEL OUT", arguments):
+        return 0
+    words, options = _positional(arguments)
+    if len(words) != 2:
+        raise UserError("export: expected MODEL OUT (a trained model, a new directory), then --key value …")
+    config = build(ExportConfig, {**parse_overrides(options), "model": words[0], "out": words[1]}, "command line")
+    from electrax.report.export import export_and_report
+
+    export_and_report(config)
     return 0

@@ -3,6 +3,8 @@
 import contextlib
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -101,3 +103,23 @@ def locked(directory: Path, work: str) -> Iterator[None]:
         raise UserError(f"{directory}: another {work} is at work in it") from None
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `path` when all is written. UserError where something is there, and for
+    whatever the system refuses meanwhile."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: is there already; expected a new or empty directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            made.chmod(0o755)
+            yield made
+            os.replace(made, path)
+            sync_directory(path.parent)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}") from None

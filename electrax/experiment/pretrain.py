@@ -6,9 +6,7 @@ import math
 import pathlib
 from collections.abc import Callable
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from electrax.config import UserError
 from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
@@ -16,8 +14,8 @@ from electrax.data.prepare import PrepareConfig, Progress, prepare
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import PretrainConfig
 from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for, own_rows
+from electrax.experiment.start import start_weights
 from electrax.models.sizes import discriminator_shape, generator_shape
-from electrax.tasks.base import Params
 from electrax.tasks.corruption import slot_count
 from electrax.tasks.pretrain import PretrainTask, SpecialIds
 from electrax.training.evaluate import make_evaluate
@@ -138,16 +136,8 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
         tokens_per_step=float(config.batch_size * config.data.max_length),
         eval_every=config.eval.every,
         save_every=config.checkpoint.every,
-        initial=(lambda params: initial_params(config.init_from, params, mesh)) if config.init_from else None,
+        initial=(lambda drawn: start_weights(config, tokenizer, drawn)) if config.init_from else None,
     )
-
-
-def initial_params(workdir: str, like: Params, mesh: Mesh) -> Params:
-    """The parameters of another run, if they have the shapes of `like`."""
-    params = load_params(workdir, mesh)[1]
-    if jax.tree.map(lambda leaf: leaf.shape, params) != jax.tree.map(lambda leaf: leaf.shape, like):
-        raise UserError(f"init_from {workdir}: its model has other shapes or parts than this run's")
-    return params
 
 
 def evaluate_newest(config: PretrainConfig) -> tuple[PretrainTask, Tokenizer, Record]:

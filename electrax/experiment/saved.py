@@ -1,31 +1,119 @@
-"""Trained models from their work directories."""
+"""Trained models: loaded from their work directories, converted to and from other formats, and exported."""
 
+import dataclasses
+import json
 import os
+import pathlib
+from typing import Any
 
+from electrax.config import UserError, to_toml
+from electrax.convert import huggingface
+from electrax.convert.export import ExportConfig, export_stablehlo
+from electrax.convert.model import Head, Model
+from electrax.convert.onnx import export_onnx
+from electrax.convert.weights import write_tree
+from electrax.data.shards import new_directory, write_atomically
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment import finetune, pretrain
-from electrax.experiment.config import FinetuneConfig, read_config
-from electrax.experiment.run import load_params
+from electrax.experiment.config import FinetuneConfig, PretrainConfig, finished, read_config
+from electrax.experiment.foreign import REPORT_FILE, ConvertConfig, as_workdir, convert_foreign
+from electrax.experiment.run import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, load_params
 from electrax.inference.classifier import Classifier
 from electrax.inference.model import PretrainedModel
 from electrax.inference.reader import Reader
 from electrax.inference.tagger import Tagger
+from electrax.tasks.base import Params
+from electrax.tasks.pretrain import PretrainTask
 
 
-def load(workdir: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | Reader:
-    """A trained model from the work directory of a run: of a pretraining its newest whole checkpoint, of a fine-tuning
-    the one its results were measured on (of several seeds the best)."""
+def load(source: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | Reader:
+    """A trained model: from the work directory of a pretraining its newest whole checkpoint, of a fine-tuning the one
+    its results were measured on (of several seeds the best); from a Hugging Face directory or a name on its hub, or a
+    TensorFlow checkpoint of ELECTRA or BERT."""
+    workdir = as_workdir(source)
     config = read_config(workdir)
     if isinstance(config, FinetuneConfig):
         return finetune.load(workdir)
-    tokenizer = Tokenizer.load(workdir)
-    task = pretrain.make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
-    params = load_params(workdir)[1]
+    task, tokenizer, params = _pretrained(workdir, config)
     return PretrainedModel(
-        {**params, "generator": task.generator_params(params)},
+        params,
         tokenizer,
-        None if task.two_tower else task.generator,
+        task.generator if "generator" in params and not task.two_tower else None,
         task.discriminator if task.detects else None,
         config.data.max_length,  # later positions were never trained
-        detects=not task.electric,  # whose logits lack the generator's part
+        # Electric's logits lack the generator's part
+        detects=task.detects and not task.electric and "head" in params["discriminator"],
     )
+
+
+def _pretrained(workdir: pathlib.Path, config: PretrainConfig) -> tuple[PretrainTask, Tokenizer, Params]:
+    """The objective, and the parameters with all that the generator computes with, where there is one."""
+    tokenizer, params = Tokenizer.load(workdir), load_params(workdir)[1]
+    task = pretrain.make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
+    whole = {"generator": task.generator_params(params)} if "generator" in params else {}
+    return task, tokenizer, {**params, **whole}
+
+
+def convert(config: ConvertConfig) -> dict[str, Any]:
+    """Writes a work directory as a Hugging Face directory, everything else as a work directory, all or nothing.
+    Returns the report that is written beside the result."""
+    source = pathlib.Path(config.source)
+    if not (source / CONFIG_FILE).is_file():
+        return convert_foreign(config)
+    if config.generator or config.tokenizer:
+        raise UserError("generator and tokenizer are for a source that is not an electrax work directory")
+    model, tokenizer = to_model(source)
+    with new_directory(pathlib.Path(config.out)) as directory:
+        written = huggingface.write(directory, model, tokenizer)
+        report = {"from": config.source, "to": "Hugging Face", "written": written}
+        write_atomically(directory / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def to_model(workdir: pathlib.Path) -> tuple[Model, Tokenizer]:
+    """The trained model of a run. Raises UserError for one that no other format has."""
+    config = read_config(workdir)
+    if isinstance(config, FinetuneConfig):
+        workdir = finished(workdir)
+        config, tokenizer, head = read_config(workdir), Tokenizer.load(workdir), finetune.read_head(workdir)
+        task = finetune.make_task(config, tokenizer, head, None)
+        if config.head.template:  # its head is still the discriminator's
+            return Model(finetune.trained(workdir)[1], task.encoder), tokenizer
+        kept = Head(head["task"], head["kind"], head["style"], tuple(head["classes"]))
+        return Model(finetune.trained(workdir)[1], task.encoder, head=kept), tokenizer
+    if config.objective.kind == "electric" or config.generator.kind == "two_tower":
+        raise UserError(f"{workdir}: Electric and two-tower generators have no counterpart in Transformers")
+    task, tokenizer, params = _pretrained(workdir, config)
+    encoder = task.discriminator if task.detects else None
+    return Model(params, encoder, task.generator if "generator" in params else None), tokenizer
+
+
+def export(config: ExportConfig) -> pathlib.Path:
+    """Makes the directory `out` of a trained model in the format that the config names, all or nothing. For a
+    fine-tuning over several seeds it is the best one."""
+    out = pathlib.Path(config.out)
+    match config.format:
+        case "stablehlo":
+            return export_stablehlo(load(config.model), out)
+        case "onnx":
+            return export_onnx(load(config.model), out, config.int8)
+        case "safetensors":
+            return _export_workdir(as_workdir(config.model), out, "bfloat16" if config.bf16 else "float32")
+
+
+def _export_workdir(workdir: pathlib.Path, out: pathlib.Path, dtype: str) -> pathlib.Path:
+    """What `load` needs of a run, without its checkpoints."""
+    config = read_config(workdir)
+    is_finetuned = isinstance(config, FinetuneConfig)
+    if is_finetuned:
+        workdir = finished(workdir)
+        config = read_config(workdir)
+    params = (finetune.trained if is_finetuned else load_params)(workdir)[1]
+    tokenizer, head = Tokenizer.load(workdir), finetune.read_head(workdir) if is_finetuned else None
+    with new_directory(out) as directory:
+        tokenizer.save(directory)
+        write_tree(directory / WEIGHTS_FILE, params, dtype=dtype)
+        if head:
+            write_atomically(directory / HEAD_FILE, json.dumps(head, indent=1) + "\n")
+        write_atomically(directory / CONFIG_FILE, to_toml(dataclasses.replace(config, workdir=str(out))))
+    return out
