@@ -38,8 +38,10 @@ ONLY_IN = {
     "tyro": ("electrax.cli",),
     "tensorboardX": ("electrax.training.tracking",),
     "pyarrow": ("electrax.data",),
+    "onnx": ("electrax.convert",),
+    "onnxruntime": ("electrax.convert",),
 }
-LAZY = ("tensorflow_datasets", "tokenizers", "sentencepiece", "pyarrow")
+LAZY = ("tensorflow_datasets", "tokenizers", "sentencepiece", "pyarrow", "onnx", "onnxruntime")
 
 
 def modules():
@@ -104,7 +106,7 @@ def test_a_library_is_imported_in_its_own_place_only(library):
 
 
 @pytest.mark.parametrize("library", LAZY)
-def test_a_data_library_is_imported_inside_functions_only(library):
+def test_a_heavy_library_is_imported_inside_functions_only(library):
     at_top = [
         f"{name}:{node.lineno}"
         for name, tree in modules()

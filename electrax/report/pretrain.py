@@ -13,6 +13,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import PretrainConfig
 from electrax.experiment.pretrain import evaluate_newest, set_up
 from electrax.experiment.run import Run
+from electrax.models.flops import paper_step
 from electrax.report.common import (
     INTERRUPTED,
     alone,
@@ -83,6 +84,11 @@ def show_preflight(run: Run) -> None:
     show_machine(run)
     show_line("data", _describe_data(run))
     show_steps(run, f"{run.config.batch_size} rows x {run.config.data.max_length} = {run.tokens_per_step:,.0f}")
+    task = run.task
+    if not task.discriminator.modern and not task.electric and not task.two_tower:
+        discriminator = task.discriminator if task.detects else None
+        count = paper_step(task.generator, discriminator, run.config.batch_size, run.config.data.max_length)
+        show_line("as the paper", f"counts FLOPs: {count:.3g} a step, {count * run.steps:.3g} the run")
     if run.start == 0 and not run.config.init_from:
         show_line("first loss", expected_first_loss(run))
 
