@@ -200,6 +200,13 @@ def test_pretrain_leaves_everything_that_belongs_to_a_run(trained):
     assert not [name for name in names if name.endswith(".tmp")]
 
 
+def test_the_preflight_shows_flops_by_both_counts(trained):
+    step, run = map(float, re.search(r"FLOPs a step +(\S+) in matrix products \((\S+) the run\)", trained[1]).groups())
+    assert run == pytest.approx(4 * step, rel=0.01)
+    step, run = map(float, re.search(r"as the paper +counts FLOPs: (\S+) a step, (\S+) the run", trained[1]).groups())
+    assert run == pytest.approx(4 * step, rel=0.01)
+
+
 def test_the_results_have_the_promised_keys_and_possible_values(trained):
     results = json.loads((trained[0] / "results.json").read_text())
     rates = {
@@ -312,7 +319,7 @@ def test_a_text_is_prepared_into_the_work_directory_and_its_settings_cannot_chan
 
 def test_a_run_may_start_from_the_weights_of_another_of_the_same_shape(trained, folder, prepared, tmp_path):
     words = ["--data.path", prepared[0], "--workdir", tmp_path, "--init_from", trained[0]]
-    with pytest.raises(UserError, match=f"init_from {trained[0]}: its model has other shapes or parts"):
+    with pytest.raises(UserError, match=f"init_from {trained[0]}: its model.width is 32, this run's 48"):
         call("pretrain", folder / "run.toml", *words, "--model.width", "48")
     assert not (pathlib.Path(tmp_path) / "results.json").exists()
     # weights of its own would be others under this seed, and no update changes anything at this rate

@@ -1,5 +1,6 @@
 """Every command and every Python example of the README runs, on a small text and a small model."""
 
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -29,7 +30,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [shlex.split(line.split("&&")[-1])[2:] for line in lines]
+    words = [shlex.split(line.split("&&")[-1])[2:] for line in lines]
+    return [line[2:] if line[0] == "--extra" else line for line in words]
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +90,17 @@ def options(name: str, arguments: list[str]) -> list[str]:
 def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(folder, labelled, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     ran = []
+    has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
     for name, *arguments in commands():
         if name == "pytest":
             continue
         assert name == "electrax"
         command, *rest = arguments
+        if command == "export" and not has_onnx:
+            continue
         assert run([command, *rest, *options(command, rest)]) == 0
         ran.append(command)
-    assert ran.count("finetune") == 5
+    assert ran.count("finetune") == 7
     assert {"pretrain", "evaluate", "prepare", "predict"} <= set(ran)
     for file in ("config.toml", "metrics.jsonl", "results.json", "tokenizer.json", "checkpoints/2"):
         assert (folder / "runs" / "mine" / file).exists()
@@ -104,10 +109,13 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
     assert "accuracy of 2 seeds" in out
 
     examples = blocks("python")
-    assert len(examples) == 3
+    assert len(examples) == 5
     scope: dict = {}
-    for example in examples:
+    for example in examples if has_onnx else examples[:-1]:
         exec(compile(example, str(README), "exec"), scope)
     assert scope["hidden"].shape[0] == 2
     assert scope["logits"].shape == (1, 6)
     assert {"yes", "no"} == set(scope["row"]["probabilities"])
+    if has_onnx:
+        label = scope["about"]["labels"][scope["scores"][0].argmax()]
+        assert label == scope["classifier"].predict(["A wonderful film."])[0]["label"]

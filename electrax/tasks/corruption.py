@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 TINY = 1e-9  # keeps the logarithms of the reference's Gumbel noise finite
+BLOCK = 128  # tokens summed together before one of them is looked for
 
 
 def slot_count(length: int, mask_prob: float) -> int:
@@ -60,12 +61,38 @@ def sample(
     correct: Int[Array, "M"],
     temperature: float = 1.0,
     disallow_correct: bool = False,
+    with_gumbel: bool = False,
 ) -> Int[Array, "M"]:
     """One token a slot from softmax(logits / T); T = 0 is the arg max. `disallow_correct` takes 1000 from the scaled
-    logit of the true token."""
+    logit of the true token.
+
+    `with_gumbel` draws as the reference does, by the arg max of logits with noise: V random numbers a slot, which cost
+    a tenth of a small model's step on a CPU. Otherwise one number a slot draws from the same distribution.
+    """
     scaled = logits / temperature if temperature > 0 else logits
     if disallow_correct:
         scaled = scaled - 1000.0 * jax.nn.one_hot(correct, logits.shape[-1])
-    if temperature > 0:
-        scaled = scaled + gumbel(key, logits.shape)
-    return jnp.argmax(scaled, axis=-1).astype(jnp.int32)
+    if temperature == 0 or with_gumbel:
+        scaled = scaled + gumbel(key, logits.shape) if temperature > 0 else scaled
+        return jnp.argmax(scaled, axis=-1).astype(jnp.int32)
+    return _at_share(jax.random.uniform(key, (logits.shape[0],)), scaled)
+
+
+def _at_share(u: Float[Array, "M"], logits: Float[Array, "M V"]) -> Int[Array, "M"]:
+    """The first token up to which softmax sums to more than u, found by blocks and then within one."""
+    weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    weight = jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % BLOCK))).reshape(weight.shape[0], -1, BLOCK)
+    total = jnp.sum(weight, axis=-1)
+    end = jnp.cumsum(total, axis=-1)
+    point = u[:, None] * end[:, -1:]
+    # rounding may put the point at the very end, behind which only tokens of weight 0 follow
+    block = jnp.minimum(jnp.sum(end <= point, axis=-1, keepdims=True), _last(total))
+    within = jnp.take_along_axis(weight, block[..., None], axis=1)[:, 0]
+    rest = point - jnp.take_along_axis(end - total, block, axis=1)
+    place = jnp.minimum(jnp.sum(jnp.cumsum(within, axis=-1) <= rest, axis=-1, keepdims=True), _last(within))
+    return (block * BLOCK + place)[:, 0].astype(jnp.int32)
+
+
+def _last(weight: Float[Array, "M N"]) -> Int[Array, "M 1"]:
+    """The last place with a weight above 0."""
+    return weight.shape[1] - 1 - jnp.argmax(weight[:, ::-1] > 0, axis=-1, keepdims=True)

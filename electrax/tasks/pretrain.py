@@ -205,7 +205,11 @@ class PretrainTask:
         tokens count as replaced: those that changed, or with Electric all that were chosen. No gradient passes."""
         o = self.objective
         original = jnp.take_along_axis(prepared["ids"], prepared["slots"], axis=1)
-        draw = jax.vmap(lambda key, row, true: corruption.sample(key, row, true, o.temperature, o.disallow_correct))
+        draw = jax.vmap(
+            lambda key, row, true: corruption.sample(
+                key, row, true, o.temperature, o.disallow_correct, with_gumbel=self.faithful
+            )
+        )
         sampled = draw(prepared["sample_key"], jax.lax.stop_gradient(logits), original)
         corrupted = jax.vmap(corruption.write_at)(prepared["ids"], prepared["slots"], sampled, prepared["used"])
         if self.electric:

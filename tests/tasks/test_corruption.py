@@ -141,10 +141,11 @@ def test_gumbel_noise_is_float32_and_a_function_of_uniforms_of_its_key():
 LOGITS = np.array([1.5, 0.0, -1.0, 0.5, 1.0], np.float32)
 
 
-def draws(temperature=1.0, disallow=False, rows=20_000, logits=LOGITS, correct=0):
-    tokens = sample(
-        KEY, jnp.tile(logits, (rows, 1)), jnp.full(rows, correct), temperature=temperature, disallow_correct=disallow
-    )
+WAYS = pytest.mark.parametrize("with_gumbel", [True, False])
+
+
+def draws(with_gumbel, temperature=1.0, disallow=False, rows=20_000, logits=LOGITS, correct=0):
+    tokens = sample(KEY, jnp.tile(logits, (rows, 1)), jnp.full(rows, correct), temperature, disallow, with_gumbel)
     return np.bincount(tokens, minlength=len(logits)) / rows
 
 
@@ -153,47 +154,77 @@ def softmax(x):
     return e / e.sum()
 
 
+@WAYS
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_samples_follow_the_softmax_of_logits_over_temperature(temperature):
+def test_samples_follow_the_softmax_of_logits_over_temperature(with_gumbel, temperature):
     rows = 20_000
     p = softmax(LOGITS / temperature)
     # chi-square with 4 degrees of freedom exceeds 18.5 once in a thousand draws; the key is fixed
-    assert (rows * (draws(temperature, rows=rows) - p) ** 2 / p).sum() < 18.5
+    assert (rows * (draws(with_gumbel, temperature, rows=rows) - p) ** 2 / p).sum() < 18.5
 
 
-def test_sample_is_the_arg_max_of_scaled_logits_plus_the_noise_of_its_key():
+def test_samples_of_a_vocabulary_of_many_blocks_follow_the_softmax():
+    logits = 0.5 * np.random.RandomState(0).standard_normal(300).astype(np.float32)
+    rows, p = 20_000, softmax(logits.astype(np.float64))
+    assert (rows * p).min() > 5  # so that the sum below is chi-square of 299 degrees of freedom: 299 ± 24
+    assert (rows * (draws(False, rows=rows, logits=logits) - p) ** 2 / p).sum() < 379
+
+
+def test_a_token_is_the_first_up_to_which_the_softmax_sums_to_more_than_the_uniform_of_its_key():
+    logits = np.asarray(4 * jax.random.normal(jax.random.key(5), (400, 700)))
+    u = np.asarray(jax.random.uniform(KEY, (400,)), np.float64)
+    sums = np.cumsum([softmax(row) for row in logits.astype(np.float64) / 0.7], axis=-1)
+    found = np.asarray(sample(KEY, jnp.asarray(logits), jnp.zeros(400, int), 0.7))
+    expected = np.array([np.searchsorted(row, x, side="right") for row, x in zip(sums, u, strict=True)])
+    at_edge = np.abs(sums - u[:, None]).min(axis=1) < 1e-5  # where float32 may decide otherwise
+    assert at_edge.sum() < 40 and found[~at_edge].tolist() == expected[~at_edge].tolist()
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-24])
+def test_the_least_and_the_greatest_uniform_give_tokens_that_can_be(monkeypatch, u):
+    """After 200 tokens that cannot be come 5 that can, and 200 more that cannot."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, u))
+    lowest = np.full(200, np.finfo(np.float32).min)
+    logits = np.concatenate([lowest, LOGITS, lowest]).astype(np.float32)
+    assert sample(KEY, jnp.asarray(logits[None]), jnp.zeros(1, int)).tolist() == [200 if u == 0 else 204]
+
+
+def test_with_gumbel_a_sample_is_the_arg_max_of_scaled_logits_plus_the_noise_of_its_key():
     logits = np.asarray(jax.random.normal(jax.random.key(5), (40, 30)))
     u = np.asarray(jax.random.uniform(KEY, (40, 30)))
     expected = np.argmax(logits / 0.7 - np.log(-np.log(u + 1e-9) + 1e-9), axis=-1)
-    assert sample(KEY, jnp.asarray(logits), jnp.zeros(40, int), temperature=0.7).tolist() == expected.tolist()
+    assert sample(KEY, jnp.asarray(logits), jnp.zeros(40, int), 0.7, with_gumbel=True).tolist() == expected.tolist()
 
 
 def test_temperature_zero_is_the_arg_max():
-    assert draws(0.0, rows=50).tolist() == [1, 0, 0, 0, 0]
+    assert draws(False, 0.0, rows=50).tolist() == [1, 0, 0, 0, 0]
 
 
-def test_disallow_correct_never_samples_the_true_token_and_leaves_the_rest_in_proportion():
+@WAYS
+def test_disallow_correct_never_samples_the_true_token_and_leaves_the_rest_in_proportion(with_gumbel):
     rows = 20_000
-    found = draws(disallow=True, rows=rows)
+    found = draws(with_gumbel, disallow=True, rows=rows)
     p = softmax(LOGITS[1:])
     assert found[0] == 0
     assert (rows * (found[1:] - p) ** 2 / p).sum() < 16.3  # 3 degrees of freedom, one in a thousand
 
 
 def test_disallow_correct_works_on_the_arg_max_too():
-    assert draws(0.0, True, rows=3).tolist() == [0, 0, 0, 0, 1]
+    assert draws(False, 0.0, True, rows=3).tolist() == [0, 0, 0, 0, 1]
 
 
 # 1000 comes off after the division by T: 900 / 0.5 - 1000 = 800 > 0, but 900 - 1000 < 0; and 1100 - 1000 > 0
+@WAYS
 @pytest.mark.parametrize(("logit", "temperature", "token"), [(900, 0.5, 0), (900, 1.0, 1), (1100, 1.0, 0)])
-def test_disallow_correct_takes_a_thousand_from_the_scaled_logit(logit, temperature, token):
+def test_disallow_correct_takes_a_thousand_from_the_scaled_logit(with_gumbel, logit, temperature, token):
     logits = np.array([logit, 0, -2000], np.float32)
-    assert draws(temperature, True, rows=20, logits=logits)[token] == 1
+    assert draws(with_gumbel, temperature, True, rows=20, logits=logits)[token] == 1
 
 
+@WAYS
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
-def test_the_lowest_float32_is_never_sampled_at_any_temperature(temperature):
+def test_the_lowest_float32_is_never_sampled_at_any_temperature(with_gumbel, temperature):
     logits = np.array([0, 0, np.finfo(np.float32).min, np.finfo(np.float32).min], np.float32)
-    assert draws(temperature, logits=logits)[2:].tolist() == [0, 0]
+    assert draws(with_gumbel, temperature, logits=logits)[2:].tolist() == [0, 0]
     # not even where every other token is the forbidden one
-    assert draws(temperature, True, logits=logits, correct=1)[2:].tolist() == [0, 0]
+    assert draws(with_gumbel, temperature, True, logits=logits, correct=1)[2:].tolist() == [0, 0]
