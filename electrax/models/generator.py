@@ -24,8 +24,9 @@ class MaskedLMHead(nn.Module):
         x = c.norm("norm")(gelu(x))
         bias = self.param("output_bias", nn.initializers.zeros, (c.padded_vocab_size,))
         logits = jnp.einsum("bne,ve->bnv", x, word.astype(c.dtype), preferred_element_type=jnp.float32)
-        real = jnp.arange(c.padded_vocab_size)[None, None] < c.vocab_size
-        return jnp.where(real, logits + bias[None, None], jnp.finfo(jnp.float32).min)
+        # the lowest number swallows whatever is added to it: a choice of B x N x V values costs more than one of V
+        bias = jnp.where(jnp.arange(c.padded_vocab_size) < c.vocab_size, bias, jnp.finfo(jnp.float32).min)
+        return logits + bias[None, None]
 
 
 class Generator(nn.Module):

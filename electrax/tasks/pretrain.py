@@ -248,8 +248,8 @@ class PretrainTask:
         loss = o.generator_weight * jnp.sum(cross_entropy * weight)
         metrics = {
             "mlm_loss": Mean.of(cross_entropy, weight > 0),
-            "mlm_accuracy": Mean.of(jnp.argmax(logits, axis=-1) == target, weight > 0),
-            "masked_accuracy": Mean.of(jnp.argmax(at_slots, axis=-1) == original, hidden),
+            "mlm_accuracy": Mean.of(_is_largest(logits, target), weight > 0),
+            "masked_accuracy": Mean.of(_is_largest(at_slots, original), hidden),
         }
         arrays = {"hidden_token": jnp.where(hidden, original, -1)}
         if not self.detects:
@@ -329,6 +329,11 @@ class PretrainTask:
         for numbers in eval_batches(size, self.batch_size):
             numbers = numbers[rows]
             yield {"ids": self.corpus.rows("valid", numbers)}, numbers
+
+
+def _is_largest(logits: Float[Array, "B N V"], token: Int[Array, "B N"]) -> Bool[Array, "B N"]:
+    """Whether no logit is above the token's: as an arg max says, but for ties, at a fraction of its cost on a CPU."""
+    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] >= jnp.max(logits, axis=-1)
 
 
 def area_under_curve(score: Float[np.ndarray, "N"], positive: Bool[np.ndarray, "N"]) -> float:
