@@ -55,6 +55,7 @@ def make_run(options: argparse.Namespace, task: str, seed: int, workdir: str, ch
         model=ModelConfig(layers=options.layers, width=options.width, dropout=dropout, attention_dropout=dropout),
         head=HeadConfig(kind="classes" if GLUE[task].classes else "number", style="dense"),
         data=ExamplesConfig(path=options.glue, format="glue", glue=task, limit=options.limit),
+        optimizer=FinetuneOptimizerConfig(learning_rate=options.learning_rate),
     )
     return set_up(config)[0]
 
@@ -250,6 +251,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--limit", type=int, default=0, help="training rows of a task; 0: all")
+    parser.add_argument("--learning_rate", type=float, default=0.0, help="0: the paper's for the model's size")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--init_from", default="", help="work directory of an electrax run of the body electra")
     parser.add_argument("--layers", type=int, default=2, help="of random weights")

@@ -286,7 +286,7 @@ def load_exported(directory: str | os.PathLike) -> Exported:
     try:
         about = json.loads(described.read_text("utf-8"))
         run, *files = runs[about["format"]]
-        checksums = {name: about["sha256"][name] for name in files}
+        checksums = {name: about["sha256"][name] for name in (*files, about["tokenizer"])}
         missing = {"inputs", "max_length", "vocab_size"} - set(about)
     except OSError as error:
         raise UserError(f"{described}: cannot be read ({error.strerror}); expected an exported model") from None

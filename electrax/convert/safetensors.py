@@ -60,8 +60,8 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: mapped(path, name, stored) for name, stored in read_header(path)[0].items()}
 
 
-def read_checked(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of a file with a checksum. Raises UserError where a bit of it has changed."""
+def read_checked(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a file with a checksum, and its metadata. Raises UserError where a bit of it has changed."""
     tensors, metadata, header = read_header(path)
     found = metadata.get("sha256")
     if found is None:
@@ -72,7 +72,7 @@ def read_checked(path: pathlib.Path) -> dict[str, np.ndarray]:
         hashlib.file_digest(file, lambda: digest)
     if digest.hexdigest() != found:
         raise UserError(f"{path}: damaged (its sha256 is not the one written in it)")
-    return {name: mapped(path, name, stored) for name, stored in tensors.items()}
+    return {name: mapped(path, name, stored) for name, stored in tensors.items()}, metadata
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Stored], dict[str, str], bytes]:

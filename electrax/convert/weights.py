@@ -105,6 +105,8 @@ def write_tree(
     write_safetensors(path, arrays, metadata, checksum=True)
 
 
-def read_tree(path: pathlib.Path) -> Params:
-    """The tree that `write_tree` wrote, bfloat16 as float32. Raises UserError where a bit of the file has changed."""
-    return unflatten_dict(read_checked(path), sep="/")
+def read_tree(path: pathlib.Path) -> tuple[Params, dict[str, str]]:
+    """The tree that `write_tree` wrote, bfloat16 as float32, and its metadata. Raises UserError where a bit of the file
+    has changed."""
+    arrays, metadata = read_checked(path)
+    return unflatten_dict(arrays, sep="/"), metadata

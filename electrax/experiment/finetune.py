@@ -294,6 +294,8 @@ def _start_notes(config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokeni
         notes.append(f"{fresh:,} of {tokenizer.vocab_size:,} tokens are new to the weights")
     if takes_head(start, head):
         notes.append(f"the head too is taken from {start}, whose outputs are the same")
+    elif (start / HEAD_FILE).is_file() and not config.head.template:
+        notes.append(f"the head of {start} is left out: its outputs are others")
     trained_length = read_config(start).data.max_length
     if config.data.max_length > trained_length:
         notes.append(f"the weights were trained on rows of {trained_length} tokens; later positions are new to them")

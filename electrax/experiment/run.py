@@ -16,7 +16,7 @@ from electrax.convert.weights import read_tree
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
 from electrax.tasks.base import Batch, Params, Task
-from electrax.training.checkpoint import Checkpoints, restore_newest_params
+from electrax.training.checkpoint import Checkpoints, restore_newest_params, tokenizer_hash
 from electrax.training.evaluate import make_evaluate
 from electrax.training.lockstep import JointStep, lockstep
 from electrax.training.loop import Interrupted, NonFiniteLoss, Record, train
@@ -127,7 +127,7 @@ def assemble(
     )
     optimizer = make_optimizer(config.optimizer, steps, config.faithful, is_frozen)
     abstract = abstract_state(task, optimizer, example, mesh)
-    checkpoints = Checkpoints(pathlib.Path(config.workdir) / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(pathlib.Path(config.workdir) / "checkpoints", config.checkpoint.keep, tokenizer.sha256)
     restored = checkpoints.restore(abstract)
     start, state = restored or (0, fresh_state(task, optimizer, example, abstract, config.seed))
     if restored is None and initial is not None:
@@ -243,13 +243,18 @@ def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[st
 
 def load_params(workdir: str | os.PathLike, mesh: Mesh | None = None, latest: int | None = None) -> tuple[int, Params]:
     """(step, parameters) of the newest whole checkpoint of a run (of step `latest` at most), or of a converted model
-    (step 0), on a mesh (default: the first device)."""
+    (step 0), on a mesh (default: the first device). Raises UserError where there is none, or where the tokenizer beside
+    it is another one than it was trained with."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     weights = pathlib.Path(workdir) / WEIGHTS_FILE
     restored = restore_newest_params(pathlib.Path(workdir) / "checkpoints", mesh, latest)
-    if restored is None and weights.is_file():
-        params = read_tree(weights)
-        return 0, jax.device_put(params, params_sharding(params, mesh))
-    if restored is None:
+    if restored is not None:
+        wanted = tokenizer_hash(pathlib.Path(workdir) / "checkpoints" / str(restored[0]))
+    elif weights.is_file():
+        params, metadata = read_tree(weights)
+        restored, wanted = (0, jax.device_put(params, params_sharding(params, mesh))), metadata.get("tokenizer", "")
+    else:
         raise UserError(f"{workdir}: no checkpoint yet")
+    if wanted and Tokenizer.load(workdir).sha256 != wanted:
+        raise UserError(f"{workdir}: its tokenizer is not the one that its weights were trained with")
     return restored

@@ -6,6 +6,8 @@ import os
 import pathlib
 from typing import Any
 
+import jax
+
 from electrax.config import UserError, to_toml
 from electrax.convert import huggingface
 from electrax.convert.export import ExportConfig, export_stablehlo
@@ -23,7 +25,10 @@ from electrax.inference.model import PretrainedModel
 from electrax.inference.reader import Reader
 from electrax.inference.tagger import Tagger
 from electrax.tasks.base import Params
+from electrax.tasks.classify import ClassifyTask
+from electrax.tasks.finetune import FinetuneTask
 from electrax.tasks.pretrain import PretrainTask
+from electrax.tasks.tag import TagTask
 
 
 def load(source: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | Reader:
@@ -80,12 +85,23 @@ def to_model(workdir: pathlib.Path) -> tuple[Model, Tokenizer]:
         if config.head.template:  # its head is still the discriminator's
             return Model(finetune.trained(workdir)[1], task.encoder), tokenizer
         kept = Head(head["task"], head["kind"], head["style"], tuple(head["classes"]))
-        return Model(finetune.trained(workdir)[1], task.encoder, head=kept), tokenizer
+        return Model(_with_all_in_weights(finetune.trained(workdir)[1], task), task.encoder, head=kept), tokenizer
     if config.objective.kind == "electric" or config.generator.kind == "two_tower":
         raise UserError(f"{workdir}: Electric and two-tower generators have no counterpart in Transformers")
     task, tokenizer, params = _pretrained(workdir, config)
     encoder = task.discriminator if task.detects else None
     return Model(params, encoder, task.generator if "generator" in params else None), tokenizer
+
+
+def _with_all_in_weights(params: Params, task: FinetuneTask) -> Params:
+    """What electrax keeps beside the weights and other libraries do not: the scale of a number, and the type of token
+    that the reference's taggers give to every word."""
+    if isinstance(task, ClassifyTask) and task.kind == "number":
+        output = jax.tree.map(lambda leaf: leaf * task.scale, params["head"]["output"])
+        return {**params, "head": {**params["head"], "output": output}}
+    if isinstance(task, TagTask) and task.faithful:
+        return {**params, "embeddings": {**params["embeddings"], "type": params["embeddings"]["type"][::-1]}}
+    return params
 
 
 def export(config: ExportConfig) -> pathlib.Path:
@@ -112,7 +128,7 @@ def _export_workdir(workdir: pathlib.Path, out: pathlib.Path, dtype: str) -> pat
     tokenizer, head = Tokenizer.load(workdir), finetune.read_head(workdir) if is_finetuned else None
     with new_directory(out) as directory:
         tokenizer.save(directory)
-        write_tree(directory / WEIGHTS_FILE, params, dtype=dtype)
+        write_tree(directory / WEIGHTS_FILE, params, {"tokenizer": tokenizer.sha256}, dtype)
         if head:
             write_atomically(directory / HEAD_FILE, json.dumps(head, indent=1) + "\n")
         write_atomically(directory / CONFIG_FILE, to_toml(dataclasses.replace(config, workdir=str(out))))

@@ -39,13 +39,13 @@ class Checkpoints:
     """The checkpoints of one run directory.
 
     A checkpoint counts once its manifest is there: a kill at any moment leaves either a whole verified checkpoint or
-    one that `restore` skips. Damaged ones are renamed, never deleted.
+    one that `restore` skips. Damaged ones are renamed, never deleted. Each keeps the hash of the run's `tokenizer`.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int):
+    def __init__(self, directory: pathlib.Path, keep: int, tokenizer: str = ""):
         self.directory = directory.absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._keep = keep
+        self._keep, self._tokenizer = keep, tokenizer
         self._sealing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._manager: ocp.CheckpointManager | None = None
@@ -86,7 +86,7 @@ class Checkpoints:
         try:
             self._open().wait_until_finished()
             if jax.process_index() == 0:
-                write_manifest(self.directory / str(step))
+                write_manifest(self.directory / str(step), self._tokenizer)
         except BaseException as error:  # reported by wait(), in the thread that can act on it
             self._failure = error
 
@@ -196,11 +196,16 @@ def _described(tree: Any) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named}
 
 
-def write_manifest(path: pathlib.Path) -> None:
-    """Sizes and SHA-256 of every file of a checkpoint, put in place atomically."""
+def write_manifest(path: pathlib.Path, tokenizer: str = "") -> None:
+    """Sizes and SHA-256 of every file of a checkpoint, and the tokenizer's, put in place atomically."""
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-    write_atomically(path / MANIFEST, json.dumps({"files": entries}, indent=1))
+    write_atomically(path / MANIFEST, json.dumps({"files": entries, "tokenizer": tokenizer}, indent=1))
+
+
+def tokenizer_hash(path: pathlib.Path) -> str:
+    """That of the tokenizer whose ids a whole checkpoint was trained on; empty where it was not kept."""
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("tokenizer", "")
 
 
 def find_damage(path: pathlib.Path) -> str | None:

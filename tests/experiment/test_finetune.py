@@ -9,6 +9,7 @@ import shutil
 import signal
 import statistics
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,6 +27,7 @@ from electrax.experiment.finetune import (
     set_up,
 )
 from electrax.experiment.run import load_params, mesh_for
+from electrax.experiment.saved import ConvertConfig, ExportConfig, convert, export
 from electrax.experiment.start import start_of
 from electrax.inference.classifier import Classifier
 from electrax.report.finetune import show_seeds, summarize_seeds
@@ -478,3 +480,51 @@ def test_a_teacher_of_another_kind_is_refused(config, straight, pretrained, fold
     teacher = {"path": teacher["path"].replace("PRETRAINED", str(pretrained))}
     with pytest.raises(UserError, match=message):
         set_up(config(tmp_path, metric="", teacher=teacher, **changes))
+
+
+# -- in other formats --------------------------------------------------------------------------------------------------
+
+
+def there_and_back(workdir, folder):
+    """A model after a way through a Hugging Face directory."""
+    convert(ConvertConfig(source=str(workdir), out=str(folder / "theirs")))
+    return electrax.load(folder / "theirs")
+
+
+def test_a_model_of_numbers_gives_the_same_ones_in_another_format(config, folder, tmp_path):
+    rows = write_rows(tmp_path / "stars" / "train.csv", [(text, 4 if label == "yes" else 1) for text, label in REVIEWS])
+    write(rows.with_name("dev.csv"), rows.read_text())
+    head = {"kind": "number", "style": "dense"}
+    train(config(tmp_path / "run", data={"path": str(rows.parent)}, head=head, steps=1))
+    model, back = electrax.load(tmp_path / "run"), there_and_back(tmp_path / "run", tmp_path)
+    assert (model.task.scale, back.task.scale) == (4.0, 1.0)
+    texts = [text for text, _ in REVIEWS[:3]]
+    for one, other in zip(model.predict(texts), back.predict(texts), strict=True):
+        assert abs(one["value"]) > 1e-3 and other["value"] == pytest.approx(one["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("faithful", [True, False])
+def test_a_tagger_gives_the_same_tags_in_another_format(config, tmp_path, faithful):
+    for name in ("train", "dev"):
+        write(tmp_path / "words" / f"{name}.txt", "the\tO\ncat\tB-X\n\na\tO\ndog\tB-X\nran\tO\n\n" * 8)
+    files = {"format": "conll", "train": "train.txt", "dev": "dev.txt", "path": str(tmp_path / "words")}
+    train(config(tmp_path / "run", data=files, task="tag", metric="f1", faithful=faithful, steps=1))
+    model, back = electrax.load(tmp_path / "run"), there_and_back(tmp_path / "run", tmp_path)
+    ids = jnp.asarray([[2, 9, 10, 3]])
+    one, other = (m.task.logits(m.params, {"ids": ids}) for m in (model, back))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    types = model.params["embeddings"]["type"]
+    assert np.abs(types[0] - types[1]).max() > 1e-3 and back.task.faithful is False
+
+
+def test_a_tokenizer_that_took_the_place_of_another_is_refused(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    export(ExportConfig(model=str(straight), out=str(tmp_path / "small"), format="safetensors"))
+    for workdir in (tmp_path / "run", tmp_path / "small"):
+        electrax.load(workdir)
+        file = workdir / "tokenizer.json"
+        content = file.read_text()
+        file.write_text(content.replace('"cat"', '"cet"', 1))
+        assert file.read_text() != content
+        with pytest.raises(UserError, match="its tokenizer is not the one that its weights were trained with"):
+            electrax.load(workdir)

@@ -334,7 +334,7 @@ def test_a_restored_run_goes_on_after_its_newest_checkpoint(folder):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_the_directory(tmp_path, monkeypatch):
-    def full(path):
+    def full(path, tokenizer):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("electrax.training.checkpoint.write_manifest", full)
