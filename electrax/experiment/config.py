@@ -46,6 +46,7 @@ class PretrainConfig:
     epochs: float = 0.0  # over the training rows, instead of steps
     batch_size: int = 128  # rows of a step, over all devices
     init_from: str = ""  # work directory of a run, or a model of another format, whose weights are the start
+    profile: bool = False  # trace a few steps and show where their time goes
     faithful: bool = False  # the reference's known flaws too
     model: ModelConfig = ModelConfig()
     generator: GeneratorConfig = GeneratorConfig()
@@ -138,6 +139,7 @@ class FinetuneConfig:
     epochs: float = 3.0  # over the training rows
     batch_size: int = 32  # rows of a step, over all devices
     init_from: str = ""  # work directory of a run, or a model of another format, whose weights are the start
+    profile: bool = False  # trace a few steps and show where their time goes; of one seed
     faithful: bool = False  # the reference's way: summed loss, layer-wise decay off by one
     metric: str = ""  # the score; default: the benchmark's own, or accuracy, f1 (tags, answers), spearman, micro_f1
     freeze_embeddings: bool = False  # they and their projection stay as they are
@@ -160,6 +162,8 @@ class FinetuneConfig:
         for key, value in {"batch_size": self.batch_size, "seeds": self.seeds, "log.every": self.log.every}.items():
             if value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
+        if self.profile and self.seeds > 1:
+            raise UserError(f"profile is for one model; expected seeds 1, not {self.seeds}")
         if self.seeds_at_once < 0:
             raise UserError(f"seeds_at_once must not be negative, but is {self.seeds_at_once}")
         if self.task == "classify" and self.data.format == "table":

@@ -37,7 +37,7 @@ CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
 HEAD_FILE = "head.json"  # what a fine-tuned head's outputs mean
 WEIGHTS_FILE = "model.safetensors"  # of a model without checkpoints
 # keys that may be other ones when a run is resumed
-MAY_CHANGE = {"workdir", "seeds", "seeds_at_once", "steps", "epochs", "checkpoint", "eval", "log", "mesh"}
+MAY_CHANGE = {"workdir", "profile", "seeds", "seeds_at_once", "steps", "epochs", "checkpoint", "eval", "log", "mesh"}
 MEMORY_SHARE = 0.8  # of an accelerator that models side by side may take; the rest is for evaluation
 
 
@@ -83,13 +83,14 @@ class Run:
         return max(1, int(MEMORY_SHARE * limit / model))
 
     def train(
-        self, stop: Callable[[], bool] = lambda: False, alone: bool = True
+        self, stop: Callable[[], bool] = lambda: False, alone: bool = True, step: Callable | None = None
     ) -> Generator[Record | Request, StepResult | None, None]:
-        """The records of a run alone; of one among others also the steps that are to be taken for it."""
+        """The records of a run alone; of one among others also the steps that are to be taken for it. `step` in the
+        place of the run's own does the same."""
         return train(
             self.task,
             self.state,
-            self.step_function if alone else None,
+            (step or self.step_function) if alone else None,
             self.evaluate,
             self.checkpoints,
             self.mesh,

@@ -20,6 +20,7 @@ from electrax.experiment.run import RESULTS_FILE, Run, side_by_side, train_side_
 from electrax.models.flops import peak_flops
 from electrax.training.loop import Interrupted, NonFiniteLoss, Record
 from electrax.training.optim import learning_rate
+from electrax.training.profile import Profile, ProfiledStep
 from electrax.training.tracking import Tracker
 
 console = Console()
@@ -121,11 +122,12 @@ def train_and_track(run: Run, command: str) -> Record | None:
     console.print("compiling the step …")
     needed = run.memory()
     show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
+    profiled = ProfiledStep(run.step_function, pathlib.Path(run.config.workdir) / "profile")
     tracker = _track(run, console)
     final: Record | None = None
     try:
         with StopSignal() as stop:
-            for record in run.train(stop):
+            for record in run.train(stop, step=profiled if run.config.profile else None):
                 tracker.write(record)
                 final = record if record.kind == "eval" else final
     except Interrupted as stopped:
@@ -136,7 +138,19 @@ def train_and_track(run: Run, command: str) -> Record | None:
         tracker.close()
         run.checkpoints.close()
     assert final is not None  # the loop always evaluates the last step
+    if run.config.profile:
+        show_profile(profiled.finish())
     return final
+
+
+def show_profile(profile: Profile | None) -> None:
+    if profile is None:
+        console.print("profile: too few steps to trace any")
+        return
+    milliseconds = profile.seconds / profile.steps * 1e3
+    rows = [(name, f"{share:.1%}") for name, share in profile.parts.items()]
+    title = f"{profile.steps} steps traced, {milliseconds:,.1f} ms each, devices at work {profile.busy:.1%} of the time"
+    show_table(title, ("part of their work", "share"), rows)
 
 
 def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[str, Record | NonFiniteLoss] | None:

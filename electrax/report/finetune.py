@@ -89,7 +89,7 @@ def train_seeds(config: FinetuneConfig, seeds: Iterable[int], command: str) -> d
 def is_of(config: FinetuneConfig) -> bool:
     """Whether the finished run of a work directory has this config, its length too."""
     kept = read_config(config.workdir)
-    names = ("checkpoint", "log", "mesh", "seeds_at_once")
+    names = ("checkpoint", "log", "mesh", "profile", "seeds_at_once")
     return dataclasses.replace(kept, **{name: getattr(config, name) for name in names}) == config
 
 

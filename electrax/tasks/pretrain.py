@@ -244,17 +244,19 @@ class PretrainTask:
             target, weight = ids, prepared["cloze_weight"]
         else:
             at_slots, target, weight = logits, original, prepared["slot_weight"]
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-        loss = o.generator_weight * jnp.sum(cross_entropy * weight)
-        metrics = {
-            "mlm_loss": Mean.of(cross_entropy, weight > 0),
-            "mlm_accuracy": Mean.of(_is_largest(logits, target), weight > 0),
-            "masked_accuracy": Mean.of(_is_largest(at_slots, original), hidden),
-        }
+        with jax.named_scope("vocabulary"):
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+            loss = o.generator_weight * jnp.sum(cross_entropy * weight)
+            metrics = {
+                "mlm_loss": Mean.of(cross_entropy, weight > 0),
+                "mlm_accuracy": Mean.of(_is_largest(logits, target), weight > 0),
+                "masked_accuracy": Mean.of(_is_largest(at_slots, original), hidden),
+            }
         arrays = {"hidden_token": jnp.where(hidden, original, -1)}
         if not self.detects:
             return loss, metrics, arrays
-        sampled, corrupted, replaced = self._corrupt(prepared, at_slots)
+        with jax.named_scope("sampling"):
+            sampled, corrupted, replaced = self._corrupt(prepared, at_slots)
         real = ids != self.special.pad
         score = self._discriminate(params, corrupted, prepared, context, train)
         if self.electric:

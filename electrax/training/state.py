@@ -153,11 +153,14 @@ def make_step(
         rows, *tokens = batch["ids"].shape
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
-        prepared = jax.lax.with_sharding_constraint(task.prepare(batch, keys), batch_sharding(mesh))
+        with jax.named_scope("prepare"):
+            prepared = jax.lax.with_sharding_constraint(task.prepare(batch, keys), batch_sharding(mesh))
         part = choose_microbatch(microbatch, rows // ways, math.prod(tokens), platform)
         grads, loss, metrics = gradients(task, state.params, prepared, mesh, part)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = metrics | {"gradient_norm": Mean(optax.tree.norm(grads), jnp.ones(()))}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss, metrics
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            metrics = metrics | {"gradient_norm": Mean(optax.tree.norm(grads), jnp.ones(()))}
+            params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), loss, metrics
 
     return Step(step, jax.tree.map(lambda s: s.sharding, abstract), seed)
