@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,54 +11,29 @@ import numpy as np
 
 from electrax.config import UserError
 from electrax.convert import names
+from electrax.convert.config_json import (
+    CONFIG_FILE,
+    HEADS,
+    PAIR,
+    SIZES,
+    architecture_of,
+    config_of,
+    encoder_of,
+    family_of,
+    head_of,
+    read_config,
+    read_json,
+)
 from electrax.convert.model import Head, Model, account
 from electrax.convert.weights import read_weights, write_safetensors
 from electrax.data.shards import write_atomically
-from electrax.data.tokenizer import Tokenizer
+from electrax.data.tokenizer import HUGGING_FACE_FILE, VOCABULARY_FILE, Tokenizer
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.base import Params
 
-CONFIG_FILE = "config.json"
-PAIR = ("discriminator", "generator")  # folders of a directory that holds both
-FAMILIES = ("electra", "bert")
-SIZES = {  # keys of config.json that say the axes of tensors, and what they are called here
-    "vocab_size": "vocab_size",
-    "embedding_size": "embedding_width",
-    "hidden_size": "width",
-    "intermediate_size": "feed_forward",
-    "max_position_embeddings": "max_length",
-}
-COUNTS = {"num_hidden_layers": "layers", "num_attention_heads": "heads"}
-DROPOUTS = {"hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": "attention_dropout"}
-# what electrax's post-norm body has, whatever config.json may ask for
-FIXED = {
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "type_vocab_size": 2,
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-}
-# the head of each fine-tuned model: task, style
-HEADS = {
-    "ElectraForSequenceClassification": ("classify", "dense"),
-    "ElectraForMultipleChoice": ("classify", "dense"),
-    "ElectraForTokenClassification": ("tag", "linear"),
-    "ElectraForQuestionAnswering": ("answer", "plain"),
-    "BertForSequenceClassification": ("classify", "pooled"),
-    "BertForMultipleChoice": ("classify", "pooled"),
-    "BertForTokenClassification": ("tag", "linear"),
-    "BertForQuestionAnswering": ("answer", "plain"),
-}
-# a tensor by which a model shows itself, where config.json does not name its architecture
-MARKS = {
-    "discriminator_predictions.dense.weight": "ElectraForPreTraining",
-    "generator_predictions.dense.weight": "ElectraForMaskedLM",
-    "cls.predictions.transform.dense.weight": "BertForMaskedLM",
-    "classifier.out_proj.weight": "ElectraForSequenceClassification",
-    "sequence_summary.summary.weight": "ElectraForMultipleChoice",
-    "qa_outputs.weight": "{family}ForQuestionAnswering",
-}
+SETTINGS_FILE = "tokenizer_config.json"
+SHORTEST_ROW = 8  # tokens, fewer than which no run takes
+LONGEST_WORD = 100  # characters, beyond which Transformers takes a word for unknown
 
 
 def is_directory(path: pathlib.Path) -> bool:
@@ -70,6 +45,8 @@ def read(path: pathlib.Path, generator: pathlib.Path | None = None) -> Model:
     """The model of a directory. Two folders `discriminator` and `generator` in it, or a `generator` beside it, become
     one pretraining tree. Raises UserError where anything in it has no place in electrax."""
     if not (path / CONFIG_FILE).is_file() and is_directory(path):
+        if generator is not None:
+            raise UserError(f"generator {generator}: has no use, as {path} holds a generator already")
         path, generator = (path / name for name in PAIR)
     model = read_tower(read_config(path), read_weights(path), str(path))
     if generator is None:
@@ -77,66 +54,13 @@ def read(path: pathlib.Path, generator: pathlib.Path | None = None) -> Model:
     return pair(model, read_tower(read_config(generator), read_weights(generator), str(generator)), str(generator))
 
 
-def read_config(path: pathlib.Path) -> dict[str, Any]:
-    """config.json. Raises UserError where it is missing or damaged, or of another family of models."""
-    path = path / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in FAMILIES:
-        raise UserError(f"{path}: a model of the family {family!r}; expected {' or '.join(FAMILIES)}")
-    return config
-
-
-def encoder_of(config: Mapping[str, Any], source: str) -> EncoderConfig:
-    """The shape that config.json describes; BERT's embeddings are as wide as its hidden states.
-
-    Raises UserError naming a key that is missing, or that asks for what the ELECTRA body does not have."""
-    for key, value in FIXED.items():
-        if config.get(key, value) not in (value, None):
-            raise UserError(f"{source}: its config's {key} is {config[key]!r}; electrax has {value!r} alone")
-    config = {"embedding_size": config.get("hidden_size"), **config}
-    fields = {}
-    for key, field in {**SIZES, **COUNTS}.items():
-        size = config.get(key)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"{source}: its config's {key} is {size!r}; expected a number above 0")
-        fields[field] = size
-    for key, field in DROPOUTS.items():
-        fields[field] = float(config.get(key, 0.1))
-    try:
-        return EncoderConfig(**fields)
-    except ValueError as error:
-        raise UserError(f"{source}: its config does not fit together: {error}") from None
-
-
-def infer_config(family: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What config.json would say of tensors that come without one; heads are 64 wide, as in every published size."""
-    tensor = {re.sub(r"^(electra|bert)\.", "", name): array for name, array in tensors.items()}
-    layers = [int(found[1]) for name in tensor if (found := re.match(r"encoder\.layer\.(\d+)\.", name))]
-    vocabulary, embedding = tensor["embeddings.word_embeddings.weight"].shape
-    feed_forward, width = tensor["encoder.layer.0.intermediate.dense.weight"].shape
-    return {
-        "model_type": family,
-        "vocab_size": vocabulary,
-        "embedding_size": embedding,
-        "hidden_size": width,
-        "intermediate_size": feed_forward,
-        "max_position_embeddings": len(tensor["embeddings.position_embeddings.weight"]),
-        "num_hidden_layers": max(layers) + 1,
-        "num_attention_heads": max(1, width // 64),
-    }
-
-
 def read_tower(config: Mapping[str, Any], tensors: dict[str, np.ndarray], source: str) -> Model:
     """One of Transformers' models from its config and its tensors, which leave the dictionary."""
     encoder, family = encoder_of(config, source), config["model_type"]
-    architecture = _architecture(config, tensors)
-    head = _head(config, architecture, source)
+    if encoder.layers > len(tensors):  # a list of their names could take all memory
+        raise UserError(f"{source}: its config's num_hidden_layers is {encoder.layers}; it has {len(tensors)} tensors")
+    architecture = architecture_of(config, tensors, source)
+    head = head_of(config, architecture, tensors, source)
     is_masked_lm = architecture in ("ElectraForMaskedLM", "BertForMaskedLM", "BertForPreTraining")
     tower = "generator" if is_masked_lm else "discriminator"
     entries = _entries(family, architecture, encoder, tower, _prefix(family, tensors), head)
@@ -157,10 +81,14 @@ def read_tower(config: Mapping[str, Any], tensors: dict[str, np.ndarray], source
 
 
 def pair(discriminator: Model, generator: Model, source: str) -> Model:
-    """A pretraining tree of two towers. Their embeddings are the same; or the generator's are its own and as wide as
-    its hidden states."""
+    """A pretraining tree of two towers. Their embeddings are the same; or the generator's are its own, of the same
+    vocabulary and positions, and as wide as its hidden states."""
     if discriminator.encoder is None or discriminator.head or generator.generator is None:
         raise UserError(f"{source}: expected a discriminator (ElectraForPreTraining) and a generator (…ForMaskedLM)")
+    for key in ("vocab_size", "max_position_embeddings"):
+        here, there = (getattr(tower, SIZES[key]) for tower in (generator.generator, discriminator.encoder))
+        if here != there:
+            raise UserError(f"{source}: its config's {key} is {here}, the discriminator's {there}; expected the same")
     params: Params = {**discriminator.params, "generator": generator.params["generator"]}
     if not _same(discriminator.params["embeddings"], generator.params["embeddings"]):
         if generator.generator.embedding_width != generator.generator.width:
@@ -184,37 +112,9 @@ def _same(a: Params, b: Params) -> bool:
     )
 
 
-def _architecture(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
-    """The name of the class; empty for a bare encoder."""
-    known = {*HEADS, *MARKS.values(), "BertForPreTraining"}
-    named = next((name for name in config.get("architectures") or () if name in known), None)
-    family = config["model_type"].capitalize()
-    return named or next((name.format(family=family) for mark, name in MARKS.items() if mark in tensors), "")
-
-
 def _prefix(family: str, tensors: Mapping[str, np.ndarray]) -> str:
     """What stands before the encoder's names, which a bare encoder's may lack."""
     return f"{family}." if any(name.startswith(f"{family}.") for name in tensors) else ""
-
-
-def _head(config: Mapping[str, Any], architecture: str, source: str) -> Head | None:
-    if architecture not in HEADS:
-        return None
-    task, style = HEADS[architecture]
-    if task == "answer":
-        return Head(task, style=style)
-    if architecture.endswith("MultipleChoice"):
-        return Head(task, "choice", style)
-    labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
-    try:
-        classes = tuple(str(labels[key]) for key in sorted(labels, key=int))
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{source}: its config's id2label must map numbers to names") from None
-    problem = config.get("problem_type")
-    if task == "classify" and (problem == "regression" or len(classes) == 1):
-        return Head(task, "number", style)
-    kind = "labels" if problem == "multi_label_classification" else "classes"
-    return Head(task, kind, style, classes)
 
 
 def _entries(
@@ -235,9 +135,10 @@ def _entries(
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write(path: pathlib.Path, model: Model, tokenizer: Tokenizer) -> dict[str, list[str]]:
+def write(path: pathlib.Path, model: Model, tokenizer: Tokenizer, trained_length: int = 0) -> dict[str, list[str]]:
     """The model as directories that Transformers opens; both towers of a pretraining go into the folders
-    `discriminator` and `generator`. Returns the tensors' names by folder.
+    `discriminator` and `generator`. Returns the tensors' names by folder. `trained_length` is how many tokens the rows
+    it was trained on have (0: one a position).
 
     `path` must be new or empty: everything is written beside it first. Raises UserError for what Transformers' ELECTRA
     does not have.
@@ -248,7 +149,12 @@ def write(path: pathlib.Path, model: Model, tokenizer: Tokenizer) -> dict[str, l
         assert encoder is not None
         if encoder.modern:
             raise UserError('model.body "modern" has no counterpart in Transformers; expected the body "electra"')
-        tower, family = "discriminator" if part.encoder else "generator", _family(architecture)
+        tower, family = "discriminator" if part.encoder else "generator", family_of(architecture)
+        if family == "bert" and encoder.embedding_width != encoder.width:
+            raise UserError(
+                f"a pooled head is BERT's, whose embeddings are as wide as its hidden states ({encoder.width}), not "
+                f"{encoder.embedding_width}; a model fine-tuned with --head.style dense has a counterpart"
+            )
         entries = _entries(family, architecture, encoder, tower, f"{family}.", part.head)
         tensors = names.from_params(entries, part.params)
         directory = path / folder
@@ -256,13 +162,9 @@ def write(path: pathlib.Path, model: Model, tokenizer: Tokenizer) -> dict[str, l
         write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
         config = config_of(encoder, architecture, part.head, tokenizer)
         write_atomically(directory / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_tokenizer(directory, tokenizer, encoder.max_length)
+        write_tokenizer(directory, tokenizer, trained_length or encoder.max_length)
         written[folder] = sorted(tensors)
     return written
-
-
-def _family(architecture: str) -> str:
-    return "bert" if architecture.startswith("Bert") else "electra"
 
 
 def _parts(model: Model) -> list[tuple[str, Model, str]]:
@@ -294,44 +196,42 @@ def _class_of(head: Head) -> str:
     raise ValueError(head)
 
 
-def config_of(encoder: EncoderConfig, architecture: str, head: Head | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json."""
-    keys = {**SIZES, **COUNTS, **DROPOUTS}
-    config: dict[str, Any] = {"architectures": [architecture], "model_type": _family(architecture)}
-    config |= {key: getattr(encoder, field) for key, field in keys.items()}
-    config |= {key: FIXED[key] for key in ("hidden_act", "layer_norm_eps", "type_vocab_size")}
-    config["pad_token_id"] = tokenizer.pad_id
-    if architecture.endswith("MultipleChoice"):
-        config |= {"summary_type": "first", "summary_use_proj": True, "summary_activation": "gelu"}
-    if head and head.kind == "number":
-        config |= {"problem_type": "regression", "id2label": {"0": "value"}, "label2id": {"value": 0}}
-    elif head and head.classes:
-        config["id2label"] = {str(i): name for i, name in enumerate(head.classes)}
-        config["label2id"] = {name: i for i, name in enumerate(head.classes)}
-        if head.kind == "labels":
-            config["problem_type"] = "multi_label_classification"
-        elif head.task == "classify":
-            config["problem_type"] = "single_label_classification"
-    return config
-
-
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
-def read_tokenizer(path: pathlib.Path) -> Tokenizer:
-    """That of a directory; a vocab.txt alone is read as tokenizer_config.json says. Transformers takes a word of more
-    than 100 characters for unknown."""
-    if not (path / CONFIG_FILE).is_file() and is_directory(path):
-        path = path / PAIR[0]
-    if (path / "tokenizer.json").is_file() or not (path / "vocab.txt").is_file():
+def read_tokenizer(path: pathlib.Path, lowercase: bool | None = None, longest_word: int = LONGEST_WORD) -> Tokenizer:
+    """A tokenizer's file, or that of a directory. Text for a vocab.txt is lowercased as `lowercase` says, else as
+    tokenizer_config.json beside it, else where the vocabulary has no capitals. Raises UserError where `lowercase` has
+    no use, since every other file says it itself."""
+    path = _main_folder(path)
+    vocabulary = path / VOCABULARY_FILE if path.is_dir() else path
+    is_plain = vocabulary.suffix == ".txt" and vocabulary.is_file()
+    if lowercase is None and (not is_plain or (path / HUGGING_FACE_FILE).is_file()):
         return Tokenizer.load(path)
-    settings_file = path / "tokenizer_config.json"
-    try:
-        settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{settings_file}: not JSON ({error})") from None
-    lowercase = settings.get("do_lower_case", True)
-    return Tokenizer.load(path / "vocab.txt", lowercase, settings.get("strip_accents"), longest_word=100)
+    if not is_plain:
+        raise UserError(f"lowercase is for a {VOCABULARY_FILE}; {path} has none")
+    settings = _settings(vocabulary.parent)
+    said = {key: settings.get(key) for key in ("do_lower_case", "strip_accents")}
+    for key, value in said.items():
+        if not isinstance(value, bool | None):
+            file = vocabulary.with_name(SETTINGS_FILE)
+            raise UserError(f"{file}: {key} is {reprlib.repr(value)}; expected true or false")
+    lowercase = said["do_lower_case"] if lowercase is None else lowercase
+    return Tokenizer.load(vocabulary, lowercase, said["strip_accents"], longest_word)
+
+
+def row_length(path: pathlib.Path, positions: int) -> int:
+    """How many tokens a row has, where tokenizer_config.json says that they are fewer than the positions."""
+    length = _settings(_main_folder(path)).get("model_max_length")
+    return length if type(length) is int and SHORTEST_ROW <= length <= positions else positions
+
+
+def _main_folder(path: pathlib.Path) -> pathlib.Path:
+    return path / PAIR[0] if not (path / CONFIG_FILE).is_file() and is_directory(path) else path
+
+
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+    return read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).is_file() else {}
 
 
 def write_tokenizer(path: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> None:
@@ -348,7 +248,7 @@ def write_tokenizer(path: pathlib.Path, tokenizer: Tokenizer, max_length: int) -
     settings = {f"{role}_token": piece for role, piece in pieces.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
     settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    write_atomically(path / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path / SETTINGS_FILE, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def _template(pieces: Mapping[str, str], ids: Mapping[str, int]) -> dict[str, Any]:
@@ -368,29 +268,3 @@ def _template(pieces: Mapping[str, str], ids: Mapping[str, int]) -> dict[str, An
         "pair": [*single, text("B", 1), token("sep", 1)],
         "special_tokens": special,
     }
-
-
-# -- names on the hub --------------------------------------------------------------------------------------------------
-
-
-def from_hub(name: str) -> pathlib.Path | None:
-    """The local folder of a model of the Hugging Face hub: from the cache at once, or downloaded. None where `name` is
-    not of the form of such a name; UserError where it can be had neither way."""
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "vocab.txt", "*.model", "pytorch_model*.bin", "flax_model.msgpack"]
-    try:
-        return pathlib.Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=5))
-    except Exception as error:  # httpx's, requests' or the library's own, by its version
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name}: no such file or directory, not in the cache of the Hugging Face hub, and it cannot be fetched: "
-            f"{reason}"
-        ) from None

@@ -12,9 +12,11 @@ from electrax.models.encoder import EncoderConfig
 from electrax.models.heads import HeadStyle
 from electrax.tasks.base import Params
 
+CONSTANT = "a constant, not a weight"
+THE_SAME = "the same as "  # another tensor
 # tensors that no parameter here is made of, and why
 NOT_NEEDED = (
-    (r"(\w+\.)?embeddings\.(position_ids|token_type_ids)", "a constant, not a weight"),
+    (r"(\w+\.)?embeddings\.(position_ids|token_type_ids)", CONSTANT),
     (r"(bert\.)?pooler\.dense\.\w+", "the pooler, which only next-sentence prediction was trained with"),
     (r"cls\.seq_relationship\.\w+", "next-sentence prediction"),
 )
@@ -73,7 +75,7 @@ def account(tensors: Mapping[str, np.ndarray], used: Iterable[str], source: str)
         if twin:
             if not np.array_equal(tensors[name], tensors[twin]):
                 raise UserError(f"{source}: {name} is not {twin}; electrax has these two in one")
-            reason = f"the same as {twin}"
+            reason = f"{THE_SAME}{twin}"
         if reason:
             left_out[name] = reason
         else:

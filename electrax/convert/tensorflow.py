@@ -1,15 +1,20 @@
 """TensorFlow checkpoints of Google's ELECTRA and BERT."""
 
+import glob
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from electrax.config import UserError
 from electrax.convert.bundle import read_bundle
+from electrax.convert.config_json import DROPOUTS, FIXED, read_json
 
+# what may lie beside a checkpoint and say what its variables do not, the first that is there
+CONFIG_FILES = ("bert_config.json", "electra_config.json", "config.json")
+TOLD = ("num_attention_heads", *FIXED, *DROPOUTS)
 # variables that training needs, and no model
 NOT_NEEDED = (
     (r".*/(adam_[mv]|lamb_[mv]|\w*(Adam|LAMB|Momentum)\w*)", "an optimizer slot"),
@@ -82,6 +87,22 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     return steps[max(steps)] if steps else found[0]
 
 
+def files_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoint's own files, and the configs beside it."""
+    index = _find(path)
+    beside = [index.parent / name for name in CONFIG_FILES]
+    data = index.parent.glob(f"{glob.escape(index.stem)}.data-*")
+    return [index, *sorted(data), *(file for file in beside if file.is_file())]
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """What a config beside the checkpoint says of TOLD. Raises UserError where it is damaged."""
+    folder = path if path.is_dir() else path.parent
+    file = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    config = read_json(file) if file else {}
+    return {key: config[key] for key in TOLD if key in config}
+
+
 def read_checkpoint(path: pathlib.Path) -> Checkpoint:
     """All variables but those of the optimizer. Raises UserError as read_bundle does."""
     variables, left_out = read_bundle(
@@ -110,6 +131,11 @@ def towers(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, np.ndarray]], di
         for name in sorted(checkpoint.variables.keys() - used)
     }
     return found, {**checkpoint.left_out, **left_out}
+
+
+def has_own_generator(checkpoint: Checkpoint) -> bool:
+    """Whether a generator has layers of its own, whose heads are 64 wide (model/modeling.py, get_generator_config)."""
+    return any(name.startswith("generator/encoder/") for name in checkpoint.variables)
 
 
 def _scopes(variables: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -20,7 +20,7 @@ SPECIAL_NAMES = {
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]
 LONGEST_WORD = 200  # characters, the reference's
 KINDS = ("wordpiece", "bpe", "unigram", "sentencepiece-bpe")
-HUGGING_FACE_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+HUGGING_FACE_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE = "tokenizer.json", "tokenizer.model", "vocab.txt"
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
 
@@ -54,16 +54,19 @@ class Tokenizer:
 
     @staticmethod
     def load(
-        path: str | Path, lowercase: bool = True, strip_accents: bool | None = None, longest_word: int = LONGEST_WORD
+        path: str | Path,
+        lowercase: bool | None = True,
+        strip_accents: bool | None = None,
+        longest_word: int = LONGEST_WORD,
     ) -> "Tokenizer":
         """Read `vocab.txt` (BERT's WordPiece), `tokenizer.json`, a SentencePiece `.model`, or a directory with one.
 
-        `lowercase`, `strip_accents` (None: as lowercase) and `longest_word` (characters; one beyond is [UNK]) apply to
-        a `.txt` vocabulary only; the others carry theirs.
+        `lowercase` (None: where the vocabulary has no capitals), `strip_accents` (None: as lowercase) and
+        `longest_word` (characters; one beyond is [UNK]) apply to a `.txt` vocabulary only; the others carry theirs.
         """
         path = Path(path)
         if path.is_dir():
-            names = (HUGGING_FACE_FILE, SENTENCEPIECE_FILE, "vocab.txt")
+            names = (HUGGING_FACE_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE)
             found = next((path / name for name in names if (path / name).exists()), None)
             if found is None:
                 raise UserError(f"{path}: expected one of {', '.join(names)} in it")
@@ -79,6 +82,7 @@ class Tokenizer:
                 return _from_model(data, str(path))
             case ".txt":
                 vocabulary = _read_vocabulary(data, path)
+                lowercase = not _has_capitals(vocabulary) if lowercase is None else lowercase
                 return _from_json(_wordpiece(vocabulary, lowercase, strip_accents, longest_word), str(path))
         raise UserError(f"{path}: expected a tokenizer file ending in .json, .model or .txt")
 
@@ -206,6 +210,12 @@ def _read_vocabulary(data: bytes, path: Path) -> dict[str, int]:
         if vocabulary.setdefault(token.rstrip("\r"), i) != i:
             raise UserError(f"{path}, line {i + 1}: the token {token!r} is already in line {vocabulary[token] + 1}")
     return vocabulary
+
+
+def _has_capitals(vocabulary: Iterable[str]) -> bool:
+    """Whether lowercased text would never reach a piece, those in brackets ([MASK], [unused7]) aside. Of a letter such
+    as ℝ there is no small one: vocabularies of lowercased text have it, too."""
+    return any(piece != piece.lower() and not re.fullmatch(r"\[\w+\]", piece) for piece in vocabulary)
 
 
 def _wordpiece(

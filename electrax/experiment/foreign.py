@@ -7,17 +7,21 @@ one first: by the command `convert` into a directory of its own, by `load` and `
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from electrax.config import UserError, to_toml
 from electrax.convert import huggingface, tensorflow
-from electrax.convert.model import Head, Model
+from electrax.convert.config_json import infer_config
+from electrax.convert.hub import TOKENIZERS, from_hub
+from electrax.convert.model import CONSTANT, THE_SAME, Head, Model
 from electrax.convert.weights import write_tree
 from electrax.data.encoded import cache_folder
 from electrax.data.shards import new_directory, write_atomically
-from electrax.data.tokenizer import Tokenizer
+from electrax.data.tokenizer import LONGEST_WORD, Tokenizer
 from electrax.experiment.config import (
     NULL_THRESHOLDS,
     AnyConfig,
@@ -34,7 +38,11 @@ from electrax.tasks.pretrain import ObjectiveConfig
 from electrax.tasks.tags import marks_spans
 
 REPORT_FILE = "conversion.json"
-CACHE_VERSION = 1  # of what is kept in the user's cache
+CACHE_VERSION = 2  # of what is kept in the user's cache
+# why a tensor is left out without a word: nothing that was learnt is lost
+UNTOLD = (CONSTANT, *(reason for _, reason in tensorflow.NOT_NEEDED))
+MOST_NAMES = 3  # of tensors left out for one reason
+log = logging.getLogger("electrax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +51,10 @@ class ConvertConfig:
 
     source: str = ""
     out: str = ""  # a new or empty directory
-    generator: str = ""  # Hugging Face directory of the generator of a discriminator
+    generator: str = ""  # of a discriminator: Hugging Face directory, or a name on the hub
     tokenizer: str = ""  # tokenizer file or folder; default: the one beside the weights
-    lowercase: bool = True  # for a vocab.txt beside a TensorFlow checkpoint
+    lowercase: bool | None = None  # for a vocab.txt; default: as its tokenizer_config.json, or its capitals, say
+    heads: int = 0  # of a TensorFlow checkpoint without a bert_config.json; 0: 64 wide each
 
 
 def as_workdir(source: str | os.PathLike) -> pathlib.Path:
@@ -55,10 +64,33 @@ def as_workdir(source: str | os.PathLike) -> pathlib.Path:
         return path
     path = find(os.fspath(source))
     kept = cache_folder() / "models" / _fingerprint(path)
-    if not (kept / CONFIG_FILE).is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        convert_foreign(ConvertConfig(source=str(path), out=str(kept)))
+    try:
+        if not (kept / CONFIG_FILE).is_file():
+            report = convert_foreign(ConvertConfig(source=str(path), out=str(kept)))
+            _warn(os.fspath(source), report["left_out"])
+    except OSError as error:
+        raise UserError(f"{kept}: {error.strerror}") from None
+    except UserError:
+        if not (kept / CONFIG_FILE).is_file():  # no other process has converted it meanwhile
+            raise
     return kept
+
+
+def _warn(source: str, left_out: Mapping[str, str]) -> None:
+    told = {name: why for name, why in left_out.items() if why not in UNTOLD and not why.startswith(THE_SAME)}
+    for line in by_reason(told):
+        log.warning("%s: left out %s", source, line)
+
+
+def by_reason(left_out: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with some of the tensors left out for it."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    more = {
+        reason: f" and {len(names) - MOST_NAMES} more" * bool(names[MOST_NAMES:]) for reason, names in reasons.items()
+    }
+    return [f"{', '.join(names[:MOST_NAMES])}{more[reason]}: {reason}" for reason, names in reasons.items()]
 
 
 def find(source: str) -> pathlib.Path:
@@ -69,7 +101,7 @@ def find(source: str) -> pathlib.Path:
     if path.exists():
         expected = "config.toml (electrax), config.json (Hugging Face) or *.index (TensorFlow)"
         raise UserError(f"{path}: holds no model; expected a directory with {expected}")
-    found = huggingface.from_hub(source)
+    found = from_hub(source)
     if found is None:
         raise UserError(f"{path}: no such file or directory")
     return found
@@ -78,18 +110,26 @@ def find(source: str) -> pathlib.Path:
 def _fingerprint(path: pathlib.Path) -> str:
     """Changes with every file of the model."""
     folder = path if path.is_dir() else path.parent
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    if tensorflow.is_checkpoint(path):
+        beside = [folder / name for name in (*TOKENIZERS, huggingface.SETTINGS_FILE)]
+        files = [*tensorflow.files_of(path), *(file for file in beside if file.is_file())]
+    else:
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps([CACHE_VERSION, str(path.resolve()), stats]).encode()).hexdigest()[:32]
 
 
 def convert_foreign(config: ConvertConfig) -> dict[str, Any]:
     """Makes a work directory of a model of another format, all or nothing; returns the report written into it."""
-    model, tokenizer = read(find(config.source), config)
     out = pathlib.Path(config.out)
-    report = model.report(config.source) | {"to": "electrax"}
     with new_directory(out) as directory:
-        write_workdir(directory, to_config(model, tokenizer, out), tokenizer, model, report)
+        path = find(config.source)
+        model, tokenizer = read(path, config)
+        report = model.report(config.source) | {"to": "electrax"}
+        max_length = main_tower(model).max_length
+        if not tensorflow.is_checkpoint(path):
+            max_length = huggingface.row_length(path, max_length)
+        write_workdir(directory, to_config(model, tokenizer, out, max_length), tokenizer, model, report)
     return report
 
 
@@ -97,28 +137,40 @@ def read(path: pathlib.Path, config: ConvertConfig) -> tuple[Model, Tokenizer]:
     """A model of another format and its tokenizer, which must have a row of the word table for every token, and no
     fewer tokens."""
     if tensorflow.is_checkpoint(path):
-        model, folder = _from_tensorflow(path), path if path.is_dir() else path.parent
-        tokenizer = Tokenizer.load(config.tokenizer or folder, config.lowercase)
+        if config.generator:
+            raise UserError(f"generator {config.generator}: has no use, as {path} is a TensorFlow checkpoint")
+        model, folder = _from_tensorflow(path, config.heads), path if path.is_dir() else path.parent
+        longest_word = LONGEST_WORD
     else:
-        model = huggingface.read(path, pathlib.Path(config.generator) if config.generator else None)
-        given = config.tokenizer
-        tokenizer = Tokenizer.load(given, config.lowercase) if given else huggingface.read_tokenizer(path)
+        if config.heads:
+            raise UserError(f"heads {config.heads}: has no use, as {path} is no TensorFlow checkpoint")
+        model, folder = huggingface.read(path, find(config.generator) if config.generator else None), path
+        longest_word = huggingface.LONGEST_WORD
+    given = pathlib.Path(config.tokenizer) if config.tokenizer else folder
+    tokenizer = huggingface.read_tokenizer(given, config.lowercase, longest_word)
     rows = main_tower(model).vocab_size
     if tokenizer.vocab_size != rows:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its word table {rows} rows")
     return model, tokenizer
 
 
-def _from_tensorflow(path: pathlib.Path) -> Model:
+def _from_tensorflow(path: pathlib.Path, heads: int) -> Model:
     """ELECTRA's two towers, or BERT's one with its masked-LM head."""
-    towers, left_out = tensorflow.towers(tensorflow.read_checkpoint(path))
+    checkpoint, said = tensorflow.read_checkpoint(path), tensorflow.read_config(path)
+    own_generator = tensorflow.has_own_generator(checkpoint)
+    towers, left_out = tensorflow.towers(checkpoint)
+    del checkpoint  # so that each variable's memory goes with its place in a tower
+    heads = heads or said.get("num_attention_heads", 0)
     unknown = sorted(name for name, reason in left_out.items() if reason == "unknown")
     if unknown:
         raise UserError(f"{path}: {len(unknown)} variables have no place in the model: {', '.join(unknown[:5])}")
     models = {}
     for name, tensors in towers.items():
         family = "bert" if name == "bert" else "electra"
-        models[name] = huggingface.read_tower(huggingface.infer_config(family, tensors), tensors, str(path))
+        config = {**said, **infer_config(family, tensors)}
+        if heads and not (name == "generator" and own_generator):
+            config["num_attention_heads"] = heads
+        models[name] = huggingface.read_tower(config, tensors, str(path))
     if len(models) == 2:
         model = huggingface.pair(models["discriminator"], models["generator"], str(path))
     else:
@@ -139,15 +191,16 @@ def write_workdir(
     directory: pathlib.Path, config: AnyConfig, tokenizer: Tokenizer, model: Model, report: dict[str, Any]
 ) -> None:
     tokenizer.save(directory)
-    write_tree(directory / WEIGHTS_FILE, model.params)
+    write_tree(directory / WEIGHTS_FILE, model.params, {"tokenizer": tokenizer.sha256})
     if model.head:
         write_atomically(directory / HEAD_FILE, json.dumps(describe(model.head), indent=1) + "\n")
     write_atomically(directory / REPORT_FILE, json.dumps(report, indent=1) + "\n")
     write_atomically(directory / CONFIG_FILE, to_toml(config))
 
 
-def to_config(model: Model, tokenizer: Tokenizer, workdir: pathlib.Path) -> AnyConfig:
-    """The config of a run that would have made such a model, as far as its shape says; its length is not known."""
+def to_config(model: Model, tokenizer: Tokenizer, workdir: pathlib.Path, max_length: int) -> AnyConfig:
+    """The config of a run that would have made such a model on rows of `max_length`, as far as its shape says; how long
+    it was is not known."""
     tower = main_tower(model)
     shape = ModelConfig(size=_size_of(tower), **_fields(tower, ModelConfig))
     if model.head:
@@ -163,9 +216,7 @@ def to_config(model: Model, tokenizer: Tokenizer, workdir: pathlib.Path) -> AnyC
                 spans="plain" if is_answer else "joint",
                 constrained=False,  # as the model was trained
             ),
-            data=ExamplesConfig(
-                text=("context", "choice1", "choice2") if choice else ("text",), max_length=tower.max_length
-            ),
+            data=ExamplesConfig(text=("context", "choice1", "choice2") if choice else ("text",), max_length=max_length),
         )
     generator = GeneratorConfig()
     if model.generator and model.encoder:
@@ -177,7 +228,7 @@ def to_config(model: Model, tokenizer: Tokenizer, workdir: pathlib.Path) -> AnyC
         model=shape,
         generator=generator,
         objective=ObjectiveConfig(kind="rtd" if model.encoder else "mlm"),
-        data=DataConfig(vocab_size=tokenizer.vocab_size, layout="segments", max_length=tower.max_length),
+        data=DataConfig(vocab_size=tokenizer.vocab_size, layout="segments", max_length=max_length),
     )
 
 

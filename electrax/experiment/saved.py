@@ -65,11 +65,13 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     source = pathlib.Path(config.source)
     if not (source / CONFIG_FILE).is_file():
         return convert_foreign(config)
-    if config.generator or config.tokenizer:
-        raise UserError("generator and tokenizer are for a source that is not an electrax work directory")
-    model, tokenizer = to_model(source)
+    if config.generator or config.tokenizer or config.heads or config.lowercase is not None:
+        raise UserError(
+            "generator, tokenizer, heads and lowercase are for a source that is not an electrax work directory"
+        )
     with new_directory(pathlib.Path(config.out)) as directory:
-        written = huggingface.write(directory, model, tokenizer)
+        model, tokenizer = to_model(source)
+        written = huggingface.write(directory, model, tokenizer, read_config(source).data.max_length)
         report = {"from": config.source, "to": "Hugging Face", "written": written}
         write_atomically(directory / REPORT_FILE, json.dumps(report, indent=1) + "\n")
     return report

@@ -194,10 +194,10 @@ def test_an_export_never_overwrites_what_is_there(classifier, tmp_path):
 
 def test_an_export_that_fails_leaves_nothing(classifier, tmp_path, monkeypatch):
     def full(directory):
-        raise OSError("no space left")
+        raise OSError(28, "No space left on device", "tokenizer.json")
 
     monkeypatch.setattr(classifier.tokenizer, "save", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="^tokenizer.json: No space left on device$"):
         export_stablehlo(classifier, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

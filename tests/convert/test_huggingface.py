@@ -2,14 +2,12 @@
 
 import json
 import pathlib
-import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import electrax
-from electrax.config import UserError
 from electrax.convert.weights import read_weights
 from electrax.experiment.foreign import ConvertConfig
 from electrax.experiment.saved import convert
@@ -187,76 +185,3 @@ def test_a_tokenizer_comes_back_with_its_special_tokens_around_a_pair(tmp_path):
     found = tokenizer("The cats", "Dog.")
     assert found["input_ids"] == [2, 5, 6, 11, 3, 13, 12, 3] and found["token_type_ids"] == [0] * 5 + [1] * 3
     assert (tokenizer.mask_token, tokenizer.pad_token_id, tokenizer.model_max_length) == ("[MASK]", 0, 16)
-
-
-# -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-def change(folder: pathlib.Path, **values) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def test_what_does_not_fit_is_one_line_and_nothing_is_written(tmp_path):
-    make("ElectraForPreTraining", tmp_path / "good")
-
-    def refused(message: str, **changes) -> None:
-        shutil.copytree(tmp_path / "good", tmp_path / "bad")
-        change(tmp_path / "bad", **changes)
-        expect(message)
-
-    def expect(message: str) -> None:
-        with pytest.raises(UserError, match=message) as error:
-            convert(ConvertConfig(source=str(tmp_path / "bad"), out=str(tmp_path / "out")))
-        assert "\n" not in str(error.value)
-        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-        shutil.rmtree(tmp_path / "bad")
-
-    refused("a model of the family 'roberta'; expected electra or bert", model_type="roberta")
-    refused("hidden_act is 'relu'; electrax has 'gelu'", hidden_act="relu")
-    refused(r"intermediate.dense.weight has the shape \[12, 8\].*intermediate_size 13", intermediate_size=13)
-    refused(r"word_embeddings.weight has the shape \[14, 6\].*vocab_size 15", vocab_size=15)
-    refused("hidden_size is 'big'; expected a number", hidden_size="big")
-    refused("does not fit together: width 8 does not divide into 3 heads", num_attention_heads=3)
-    refused("tensors have no place in the model: electra.encoder.layer.1", num_hidden_layers=1)
-    refused("the tensor electra.encoder.layer.2.attention.self.query.weight is missing", num_hidden_layers=3)
-    shutil.copytree(tmp_path / "good", tmp_path / "bad")
-    (tmp_path / "bad" / "vocab.txt").write_text("\n".join(VOCABULARY[:-1]) + "\n")
-    expect("its tokenizer has 13 tokens, its word table 14 rows")
-    shutil.copytree(tmp_path / "good", tmp_path / "bad")
-    (tmp_path / "bad" / "config.json").write_text("{")
-    expect("config.json: not JSON")
-    shutil.copytree(tmp_path / "good", tmp_path / "bad")
-    (tmp_path / "bad" / "vocab.txt").unlink()
-    expect("expected one of tokenizer.json, tokenizer.model, vocab.txt in it")
-
-
-def test_a_directory_that_is_not_empty_is_left_alone(tmp_path):
-    make("ElectraForPreTraining", tmp_path / "theirs")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(UserError, match="out: is there already; expected a new or empty directory"):
-        convert(ConvertConfig(source=str(tmp_path / "theirs"), out=str(tmp_path / "out")))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
-
-
-def test_a_name_on_the_hub_that_cannot_be_had_is_said_at_once(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="^nobody/no-such-electra: no such file or directory, not in the cache of the"):
-        electrax.load("nobody/no-such-electra")
-    with pytest.raises(UserError, match="^runs/a/b: no such file or directory$"):
-        electrax.load("runs/a/b")
-
-
-def test_a_model_that_is_loaded_is_converted_once_and_again_when_it_changes(tmp_path):
-    make("ElectraForPreTraining", tmp_path / "theirs")
-    first = electrax.load(tmp_path / "theirs").params["discriminator"]["head"]["output"]["bias"]
-    kept = list((tmp_path / "cache" / "electrax" / "models").iterdir())
-    electrax.load(tmp_path / "theirs")
-    assert list((tmp_path / "cache" / "electrax" / "models").iterdir()) == kept and len(kept) == 1
-    model = transformers.ElectraForPreTraining.from_pretrained(tmp_path / "theirs")
-    with torch.no_grad():
-        model.discriminator_predictions.dense_prediction.bias += 1
-    model.save_pretrained(tmp_path / "theirs")
-    second = electrax.load(tmp_path / "theirs").params["discriminator"]["head"]["output"]["bias"]
-    np.testing.assert_allclose(np.asarray(second), np.asarray(first) + 1, rtol=1e-6)

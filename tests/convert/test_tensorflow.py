@@ -14,7 +14,7 @@ import pytest
 import electrax
 from electrax.config import UserError
 from electrax.convert.tensorflow import Checkpoint, is_checkpoint, read_checkpoint, towers
-from electrax.experiment.foreign import ConvertConfig, read
+from electrax.experiment.foreign import ConvertConfig, as_workdir, read
 from electrax.experiment.saved import convert
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings
@@ -251,3 +251,53 @@ def test_convert_makes_a_work_directory_and_says_what_became_of_every_variable(t
     model = electrax.load(tmp_path / "out")
     assert (model.discriminator.width, model.generator.width, model.max_length) == (24, 16, 16)
     assert [token.piece for token in model.detect("w7 w39")] == ["w7", "w39"]
+
+
+# -- what the variables do not say -------------------------------------------------------------------------------------
+
+
+def heads_of(folder, **more):
+    model, _ = read(folder, ConvertConfig(**more))
+    return tuple(tower.heads for tower in (model.encoder, model.generator) if tower)
+
+
+def test_the_number_of_heads_is_what_a_config_says_or_what_is_told_but_not_for_a_generator_of_its_own(tmp_path):
+    folder, tower = copy("bert", tmp_path / "bert"), copy("electra", tmp_path / "electra")
+    assert heads_of(folder) == (1,) and heads_of(folder, heads=2) == (2,)
+    (folder / "bert_config.json").write_text('{"num_attention_heads": 4, "hidden_act": "gelu"}')
+    assert heads_of(folder) == (4,) and heads_of(folder / "bert_model.ckpt-7", heads=2) == (2,)
+    assert heads_of(tower, heads=3) == (3, 1)  # of 64 each, as google-research/electra makes every generator
+    for said, message in (
+        ('{"num_attention_heads": 5}', "width 16 does not divide into 5 heads"),
+        ('{"num_attention_heads": "x"}', "num_attention_heads is 'x'; expected a number above 0"),
+        ('{"hidden_act": "relu"}', "hidden_act is 'relu'; electrax has 'gelu' alone"),
+        ("[", "bert_config.json: not JSON"),
+    ):
+        (folder / "bert_config.json").write_text(said)
+        with pytest.raises(UserError, match=message):
+            heads_of(folder)
+    with pytest.raises(UserError, match="num_attention_heads is -1; expected a number above 0"):
+        heads_of(tower, heads=-1)
+    with pytest.raises(UserError, match="^generator other: has no use, as .*electra is a TensorFlow checkpoint$"):
+        heads_of(tower, generator="other")
+
+
+def test_a_cased_vocabulary_without_a_config_keeps_its_capitals(tmp_path):
+    folder = copy("bert", tmp_path / "bert")
+    cased = [piece.replace("w", "W") for piece in VOCABULARY]
+    (folder / "vocab.txt").write_text("\n".join(cased) + "\n", encoding="utf-8")
+    assert electrax.load(folder).tokenizer.encode_batch(["W7 w7"]) == [[7, 1]]
+    assert read(folder, ConvertConfig(lowercase=True))[1].encode_batch(["W7 w7"]) == [[1, 1]]
+
+
+def test_another_file_beside_a_checkpoint_is_no_change_of_it(tmp_path):
+    folder = copy("electra", tmp_path / "electra")
+    kept = as_workdir(folder / "model.ckpt-7")
+    write(folder / "model.ckpt-70", {"other": np.zeros(1, np.float32)})
+    (folder / "log.txt").touch()
+    assert as_workdir(folder / "model.ckpt-7") == kept
+    for name in ("bert_config.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+        again = as_workdir(folder / "model.ckpt-7")
+        assert again != kept
+        kept = again

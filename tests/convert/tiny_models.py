@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from electrax.convert.model import Model
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.classifier import Classifier
 from electrax.inference.model import PretrainedModel
@@ -121,3 +122,31 @@ def assert_same(found, wanted, atol, rtol=0.0):
         at = counts.get(name, np.ones(values.shape, bool))
         assert found[name].shape == values.shape and found[name].dtype.kind == values.dtype.kind, name
         np.testing.assert_allclose(found[name][at], values[at], atol=atol, rtol=rtol, err_msg=name)
+
+
+def make_tower(tokenizer, **changes):
+    """The encoder of the directories below."""
+    shape = {"layers": 2, "width": 8, "heads": 2, "feed_forward": 12, "embedding_width": 6, "max_length": 16}
+    return EncoderConfig(tokenizer.vocab_size, **{**shape, **changes})
+
+
+def make_pair(tokenizer):
+    """What a pretraining leaves; the generator is narrower and shares the embeddings."""
+    discriminator, generator = make_tower(tokenizer), make_tower(tokenizer, width=4, feed_forward=10)
+    special = SpecialIds(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
+    task = PretrainTask(ObjectiveConfig(), discriminator, generator, special, "packed", True)
+    return Model(_params_of(task, {"ids": np.zeros((1, 8), np.int32)}), discriminator, generator)
+
+
+def make_classifier(tokenizer, head, **changes):
+    """A fine-tuned model of the task classify; `changes` are those of its encoder."""
+    encoder = make_tower(tokenizer, **changes)
+    task = ClassifyTask(
+        encoder, tokenizer.pad_id, tokenizer.sep_id, kind=head.kind, classes=head.classes, style=head.style
+    )
+    ids = np.zeros((1, 2, 8) if head.kind == "choice" else (1, 8), np.int32)
+    return Model(_params_of(task, {"ids": ids}), encoder, head=head)
+
+
+def _params_of(task, example):
+    return random_params(jax.eval_shape(lambda: task.init(jax.random.key(0), example)))

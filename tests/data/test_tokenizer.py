@@ -106,6 +106,21 @@ def test_wordpiece_literal_values(vocab):
     assert tokenizer.vocab_size == len(VOCAB)
 
 
+@pytest.mark.parametrize(
+    "pieces, word",
+    [
+        (["the", "##s", "ℝ", "[unused1]"], "the"),  # of ℝ there is no small letter
+        (["the", "The"], "The"),
+        (["the", "##S"], "[UNK]"),
+        (["the", "[X"], "[UNK]"),
+    ],
+)
+def test_a_vocabulary_with_capitals_is_taken_for_one_of_text_as_it_is(tmp_path, pieces, word):
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB[:5], *pieces]) + "\n", encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path, lowercase=None)
+    assert tokenizer.pieces(tokenizer.encode_batch(["The"])[0]) == [word]
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request):
     return request.param, Tokenizer.train(request.param, LINES, 300 if request.param == "bpe" else 90)
