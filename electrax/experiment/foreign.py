@@ -87,10 +87,11 @@ def by_reason(left_out: Mapping[str, str]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault(reason, []).append(name)
-    more = {
-        reason: f" and {len(names) - MOST_NAMES} more" * bool(names[MOST_NAMES:]) for reason, names in reasons.items()
-    }
-    return [f"{', '.join(names[:MOST_NAMES])}{more[reason]}: {reason}" for reason, names in reasons.items()]
+    lines = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - MOST_NAMES} more" if names[MOST_NAMES:] else ""
+        lines.append(f"{', '.join(names[:MOST_NAMES])}{more}: {reason}")
+    return lines
 
 
 def find(source: str) -> pathlib.Path:
