@@ -12,6 +12,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.experiment import finetune, pretrain
 from electrax.experiment.config import PretrainConfig
 from electrax.experiment.run import load_params
+from electrax.experiment.saved import ConvertConfig, convert
 from electrax.experiment.start import start_weights
 from tests.fixtures.finetuning import PRETRAINED, REVIEWS, finetuning, make_pretrained, write_rows
 
@@ -70,6 +71,34 @@ def test_a_token_keeps_its_row_by_its_name_and_a_new_one_is_drawn(source, tmp_pa
     assert np.array_equal(taken["embeddings"]["word"][zebra], drawn["embeddings"]["word"][zebra])
     assert same(taken["discriminator"], before["discriminator"])
     assert caplog.messages == [f"init_from {source}: 1 of {len(pieces) + 1} tokens are new to it"]
+
+
+def test_of_a_smaller_vocabulary_every_token_keeps_its_row(source, tmp_path):
+    known = Tokenizer.load(source)
+    pieces = known.pieces(range(known.vocab_size))
+    changed = vocabulary(tmp_path, *WORDS, *pieces[20:40])
+    _, taken = start(source, changed)
+    word, before = taken["embeddings"]["word"], numpy(load_params(source)[1])["embeddings"]["word"]
+    assert np.array_equal(word[5:25], before[20:40]) and np.array_equal(word[4], before[known.mask_id])
+    assert changed.vocab_size == 25 and len(word) == 128
+
+
+def test_a_pretraining_goes_on_from_a_hugging_face_pair_with_a_fresh_optimizer_from_step_0(source, tmp_path):
+    convert(ConvertConfig(source=str(source), out=str(tmp_path / "pair")))
+    assert sorted(path.name for path in (tmp_path / "pair").iterdir() if path.is_dir()) == [
+        "discriminator",
+        "generator",
+    ]
+    values = {"workdir": str(tmp_path / "run"), "init_from": str(tmp_path / "pair")}
+    data = {"path": str(source.parent / "pretraining.txt"), "tokenizer": str(source)}
+    run = pretrain.set_up(build(PretrainConfig, merge(merge(PRETRAINED, values), {"data": data}), "test"))
+    assert (run.start, int(run.state.step)) == (0, 0)
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(run.state.opt_state))
+    size, found, before = run.tokenizer.vocab_size, numpy(run.state.params), numpy(load_params(source)[1])
+    for tree in (found, before):
+        tree["embeddings"]["word"] = tree["embeddings"]["word"][:size]
+        tree["generator"]["head"]["output_bias"] = tree["generator"]["head"]["output_bias"][:size]
+    assert same(found, before)
 
 
 def test_positions_are_cut_or_drawn_beyond_the_known_ones(source):
