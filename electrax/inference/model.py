@@ -1,4 +1,4 @@
-"""A pretrained model as an object: encode, embed, detect, fill, classify."""
+"""A pretrained model as an object: encode, detect, fill, classify."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,16 +57,22 @@ class PretrainedModel:
         self._main = discriminator or generator  # the tower that reads texts
         tower = "generator" if discriminator is None else "discriminator"
         self._encode = jax.jit(functools.partial(_encode, self._main, tower))
-        self._embed = jax.jit(functools.partial(_embed, self._main, tower), static_argnames="pooling")
+        self._pool = jax.jit(functools.partial(_pool, self._main, tower), static_argnames="pooling")
         self._detect = jax.jit(functools.partial(_detect, discriminator))
         self._fill = jax.jit(functools.partial(_fill, generator))
 
-    def encode(self, texts: Sequence[str], truncate: bool = False) -> Float[np.ndarray, "B L D"]:
-        """Last hidden states of the main tower, float32, for `[CLS] text [SEP]`; zeros beyond a text's end.
+    def encode(
+        self, texts: Sequence[str], pooling: str | None = None, truncate: bool = False
+    ) -> Float[np.ndarray, "B *L D"]:
+        """Last hidden states of the main tower [B, L, D], float32, for `[CLS] text [SEP]`; zeros beyond a text's end.
 
-        A text of more than `max_length` tokens is a UserError, or cut with `truncate`.
+        With the `pooling` mean or cls one vector a text [B, D], which does not depend on the other texts: the mean over
+        all of its tokens, [CLS] and [SEP] too, or that of [CLS]. A text of more than `max_length` tokens is a
+        UserError, or cut with `truncate`.
         """
         rows = self._rows("encode", texts, truncate)
+        if pooling is not None:
+            return self._pooled(rows, pooling)
         if not rows:
             raise UserError("encode: expected at least one text")
         out = np.zeros((len(rows), max(map(len, rows)), self._main.width), np.float32)
@@ -75,14 +81,11 @@ class PretrainedModel:
             out[numbers, :length] = hidden[:, :length]
         return out
 
-    def embed(self, texts: Sequence[str], pooling: str = "mean", truncate: bool = False) -> Float[np.ndarray, "B D"]:
-        """One vector a text, float32, from the hidden states of `encode`: with `mean` the mean over all of its tokens,
-        [CLS] and [SEP] too, with `cls` that of [CLS]. A text's vector does not depend on the others."""
+    def _pooled(self, rows: list[list[int]], pooling: str) -> Float[np.ndarray, "B D"]:
         if pooling not in POOLINGS:
-            raise UserError(f"embed: expected the pooling {' or '.join(POOLINGS)}, not {pooling!r}")
-        rows = self._rows("embed", texts, truncate)
+            raise UserError(f"encode: expected the pooling {' or '.join(POOLINGS)}, not {pooling!r}")
         out = np.zeros((len(rows), self._main.width), np.float32)
-        for numbers, vectors in self._run(functools.partial(self._embed, pooling=pooling), rows):
+        for numbers, vectors in self._run(functools.partial(self._pool, pooling=pooling), rows):
             out[numbers] = vectors
         return out
 
@@ -170,7 +173,7 @@ def _encode(config: EncoderConfig, tower: str, params: Params, ids, pad_id):
     return jnp.where((ids != pad_id)[..., None], hidden.astype(jnp.float32), 0.0)
 
 
-def _embed(config: EncoderConfig, tower: str, params: Params, ids, pad_id, pooling: str):
+def _pool(config: EncoderConfig, tower: str, params: Params, ids, pad_id, pooling: str):
     hidden = _encode(config, tower, params, ids, pad_id)
     if pooling == "cls":
         return hidden[:, 0]

@@ -102,19 +102,19 @@ def test_no_text_is_an_error(model):
 
 
 def test_one_text_instead_of_a_list_is_an_error(model):
-    for method in (model.encode, model.embed):
+    for pooling in (None, "mean"):
         with pytest.raises(UserError, match="expected a list of texts, not one text"):
-            method("the cat")
+            model.encode("the cat", pooling)
 
 
-# -- embed ------------------------------------------------------------------------------------------------------------
+# -- one vector a text ------------------------------------------------------------------------------------------------
 
 MIXED = ["cat", "the cat sat on the mat", "", "a dog ran", " ".join(["cat"] * 20), "red", "a " * 46] * 3
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_embed_pools_the_hidden_states_of_the_real_tokens(model, pooling):
-    found = model.embed(MIXED, pooling)
+def test_pooling_is_over_the_hidden_states_of_the_real_tokens(model, pooling):
+    found = model.encode(MIXED, pooling)
     assert found.shape == (21, WIDTH) and found.dtype == np.float32
     for text, vector, hidden in zip(MIXED, found, model.encode(MIXED), strict=True):
         real = hidden[: len(model.tokenizer.encode(text)[0]) + 2]
@@ -123,36 +123,37 @@ def test_embed_pools_the_hidden_states_of_the_real_tokens(model, pooling):
 
 
 def test_a_texts_vector_does_not_depend_on_the_others_nor_on_their_order(model):
-    together = model.embed(MIXED)
-    np.testing.assert_allclose(model.embed(MIXED[::-1])[::-1], together, atol=1e-6, rtol=0)
+    together = model.encode(MIXED, "mean")
+    np.testing.assert_allclose(model.encode(MIXED[::-1], "mean")[::-1], together, atol=1e-6, rtol=0)
     for place in (0, 2, 6, 20):
-        np.testing.assert_allclose(model.embed([MIXED[place]])[0], together[place], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(model.encode([MIXED[place]], "mean")[0], together[place], atol=1e-6, rtol=0)
 
 
-def test_embed_gives_the_mean_by_default_and_nothing_for_nothing(model):
-    np.testing.assert_array_equal(model.embed(["the cat"]), model.embed(["the cat"], "mean"))
-    assert model.embed([]).shape == (0, WIDTH)
+def test_no_text_has_no_vector(model):
+    assert model.encode([], "cls").shape == (0, WIDTH)
 
 
-def test_embed_refuses_a_text_that_is_too_long_or_cuts_it(model):
+def test_pooling_refuses_a_text_that_is_too_long_or_cuts_it(model):
     with pytest.raises(UserError, match="the text has 60 tokens, but the model takes 46"):
-        model.embed(["cat " * 60])
-    np.testing.assert_array_equal(model.embed(["cat " * 60], truncate=True), model.embed(["cat " * 46]))
+        model.encode(["cat " * 60], "mean")
+    np.testing.assert_array_equal(
+        model.encode(["cat " * 60], "mean", truncate=True), model.encode(["cat " * 46], "mean")
+    )
 
 
 def test_another_pooling_is_an_error(model):
-    with pytest.raises(UserError, match="embed: expected the pooling mean or cls, not 'max'"):
-        model.embed(["cat"], "max")
+    with pytest.raises(UserError, match="encode: expected the pooling mean or cls, not 'max'"):
+        model.encode(["cat"], "max")
 
 
-def test_a_fine_tuned_encoder_embeds_as_the_pretrained_one_does(model):
+def test_a_fine_tuned_encoder_encodes_as_the_pretrained_one_does(model):
     """With the parameters that a fine-tuning task keeps."""
     kept = {
         "embeddings": model.params["embeddings"],
         "discriminator": {"encoder": model.params["discriminator"]["encoder"]},
     }
     encoder = PretrainedModel(kept, model.tokenizer, None, model.discriminator, LENGTH, detects=False)
-    np.testing.assert_array_equal(encoder.embed(MIXED[:4]), model.embed(MIXED[:4]))
+    np.testing.assert_array_equal(encoder.encode(MIXED[:4], "mean"), model.encode(MIXED[:4], "mean"))
     for ask in (encoder.detect, lambda text: encoder.classify([text], ["red", "blue"])):
         with pytest.raises(UserError, match="this model is an encoder alone, without the discriminator's head"):
             ask("the cat")
@@ -309,7 +310,7 @@ def test_a_masked_language_model_encodes_and_fills_but_cannot_detect(tokenizer):
     model = make_model(tokenizer, kind="mlm")
     assert model.encode(["the cat"]).shape == (1, 4, WIDTH)
     assert len(model.fill("the [MASK]")) == 1
-    assert model.embed(["the cat"]).shape == (1, WIDTH)
+    assert model.encode(["the cat"], "mean").shape == (1, WIDTH)
     with pytest.raises(UserError, match="detect: this model was trained with masked LM alone and has no discriminator"):
         model.detect("the cat")
     with pytest.raises(
