@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import flax.serialization
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -185,3 +186,42 @@ def test_a_tokenizer_comes_back_with_its_special_tokens_around_a_pair(tmp_path):
     found = tokenizer("The cats", "Dog.")
     assert found["input_ids"] == [2, 5, 6, 11, 3, 13, 12, 3] and found["token_type_ids"] == [0] * 5 + [1] * 3
     assert (tokenizer.mask_token, tokenizer.pad_token_id, tokenizer.model_max_length) == ("[MASK]", 0, 16)
+
+
+# -- Flax --------------------------------------------------------------------------------------------------------------
+
+
+def as_flax(state: dict) -> dict:
+    """The tree that Transformers' Flax models (version 4) keep of such weights; what is tied is there once."""
+    tree: dict = {}
+    for name, tensor in state.items():
+        *parents, leaf = name.split(".")
+        array = tensor.numpy()
+        if name in ("generator_lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"):
+            continue
+        if leaf == "weight":
+            leaf = "embedding" if parents[-1].endswith("_embeddings") else "scale" if array.ndim == 1 else "kernel"
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = array.T if leaf == "kernel" else array
+    return tree
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ElectraForPreTraining",
+        "ElectraForMaskedLM",
+        "ElectraForSequenceClassification",
+        "ElectraForMultipleChoice",
+        "BertForMaskedLM",
+        "BertForQuestionAnswering",
+    ],
+)
+def test_a_model_of_flax_gives_the_logits_of_the_one_in_torch(name, tmp_path):
+    model = make(name, tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    weights = flax.serialization.msgpack_serialize(as_flax(model.state_dict()))
+    (tmp_path / "theirs" / "flax_model.msgpack").write_bytes(weights)
+    close(ours(electrax.load(tmp_path / "theirs"), name), theirs(model))
