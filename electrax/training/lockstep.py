@@ -78,7 +78,7 @@ def lockstep(
                     event = next(runs[name])
                 waiting[name] = event
             except StopIteration:
-                pass
+                continue  # it is done
             except endings as ending:
                 yield name, ending
         earliest = min((request.step for request in waiting.values()), default=0)

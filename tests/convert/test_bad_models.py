@@ -50,7 +50,7 @@ def change(folder: pathlib.Path, file: str = "config.json", **values) -> None:
     (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
-def refused(message: str, source: pathlib.Path, **more) -> None:
+def assert_refused(message: str, source: pathlib.Path, **more) -> None:
     out = source.parent / "out"
     with pytest.raises(UserError, match=message) as error:
         convert(ConvertConfig(source=str(source), out=str(out), **more))
@@ -101,14 +101,14 @@ HEADS = [
 def test_a_shape_that_is_not_that_of_the_tensors_is_named_by_its_key(message, changes, good, tmp_path):
     shutil.copytree(good / "pair" / "discriminator", tmp_path / "bad")
     change(tmp_path / "bad", **changes)
-    refused(message, tmp_path / "bad")
+    assert_refused(message, tmp_path / "bad")
 
 
 @pytest.mark.parametrize("name, message, changes", HEADS)
 def test_a_head_that_electrax_does_not_have_is_named_by_its_key(name, message, changes, good, tmp_path):
     shutil.copytree(good / name, tmp_path / "bad")
     change(tmp_path / "bad", **changes)
-    refused(message, tmp_path / "bad")
+    assert_refused(message, tmp_path / "bad")
 
 
 def head_of(folder: pathlib.Path, **changes) -> Head | None:
@@ -162,7 +162,7 @@ def test_a_damaged_config_is_one_line(good, tmp_path):
         (b'{"id2label": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "config.json: not JSON"),
     ):
         (tmp_path / "bad" / "config.json").write_bytes(content)
-        refused(message, tmp_path / "bad")
+        assert_refused(message, tmp_path / "bad")
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_damaged_config_is_one_line(good, tmp_path):
 def test_a_generator_of_full_width_whose_config_says_a_quarter_is_named_by_the_key(good, tmp_path):
     shutil.copytree(good / "pair", tmp_path / "bad")
     change(tmp_path / "bad" / "generator", hidden_size=1, num_attention_heads=1)
-    refused(r"generator: .*has the shape \[.*which does not fit its config's hidden_size 1", tmp_path / "bad")
+    assert_refused(r"generator: .*has the shape \[.*which does not fit its config's hidden_size 1", tmp_path / "bad")
 
 
 @pytest.mark.parametrize("key, table", [("vocab_size", "word"), ("max_position_embeddings", "position")])
@@ -186,14 +186,18 @@ def test_a_generators_own_embeddings_of_another_size_are_named_by_their_key(key,
     (folder / "new").rename(folder / "model.safetensors")
     before = json.loads((folder / "config.json").read_text())[key]
     change(folder, **{key: before - 1})
-    refused(f"its config's {key} is {before - 1}, the discriminator's {before}; expected the same", tmp_path / "bad")
+    assert_refused(
+        f"its config's {key} is {before - 1}, the discriminator's {before}; expected the same", tmp_path / "bad"
+    )
 
 
 def test_a_generator_that_has_no_use_is_refused(good, tmp_path):
     shutil.copytree(good / "pair", tmp_path / "pair")
     generator = str(tmp_path / "pair" / "generator")
-    refused("generator .*: has no use, as .*pair holds a generator already", tmp_path / "pair", generator=generator)
-    refused("heads 3: has no use, as .*pair is no TensorFlow checkpoint", tmp_path / "pair", heads=3)
+    assert_refused(
+        "generator .*: has no use, as .*pair holds a generator already", tmp_path / "pair", generator=generator
+    )
+    assert_refused("heads 3: has no use, as .*pair is no TensorFlow checkpoint", tmp_path / "pair", heads=3)
     source = tmp_path / "pair" / "discriminator"
     with pytest.raises(UserError, match="^no/such..one: no such file or directory$"):
         convert(ConvertConfig(source=str(source), out=str(tmp_path / "out"), generator="no/such..one"))
@@ -208,14 +212,14 @@ def test_a_tokenizer_with_another_number_of_tokens_is_refused(good, tmp_path):
         shutil.copytree(good / "pair" / "discriminator", tmp_path / "bad")
         (tmp_path / "bad" / "tokenizer.json").unlink()
         (tmp_path / "bad" / "vocab.txt").write_text("\n".join(tokens) + "\n")
-        refused(f"its tokenizer has {len(tokens)} tokens, its word table {VOCABULARY} rows", tmp_path / "bad")
+        assert_refused(f"its tokenizer has {len(tokens)} tokens, its word table {VOCABULARY} rows", tmp_path / "bad")
         shutil.rmtree(tmp_path / "bad")
 
 
 def test_a_damaged_tokenizer_config_is_one_line(good, tmp_path):
     folder = shutil.copytree(good / "pair" / "discriminator", tmp_path / "bad")
     (folder / "tokenizer.json").unlink()
-    refused("expected one of tokenizer.json, tokenizer.model, vocab.txt in it", folder)
+    assert_refused("expected one of tokenizer.json, tokenizer.model, vocab.txt in it", folder)
     (folder / "vocab.txt").write_text("\n".join(TOKENIZER.pieces(range(VOCABULARY))) + "\n")
     for content, message in (
         ("[]", "tokenizer_config.json: expected an object of JSON"),
@@ -224,7 +228,7 @@ def test_a_damaged_tokenizer_config_is_one_line(good, tmp_path):
         ('{"strip_accents": 1}', "tokenizer_config.json: strip_accents is 1; expected true or false"),
     ):
         (folder / "tokenizer_config.json").write_text(content)
-        refused(message, folder)
+        assert_refused(message, folder)
 
 
 def test_a_directory_that_is_not_empty_is_left_alone_and_nothing_is_read_for_it(tmp_path):

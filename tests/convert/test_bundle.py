@@ -53,7 +53,7 @@ def copy(name: str, folder: pathlib.Path) -> pathlib.Path:
     return shutil.copytree(FIXTURES / name, folder / "copy")
 
 
-def refused(path: pathlib.Path, message: str) -> None:
+def assert_refused(path: pathlib.Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         read_checkpoint(path)
     assert "\n" not in str(error.value)
@@ -65,7 +65,7 @@ def test_a_damaged_index_is_one_line(tmp_path):
 
     def expect(content: bytes, message: str) -> None:
         index.write_bytes(content)
-        refused(index.parent, f"{index.name}: {message}")
+        assert_refused(index.parent, f"{index.name}: {message}")
 
     for content in (b"", good[:-1], good[: len(good) // 2], good[:-8] + b"LevelDB!", b"\0" * 100):
         expect(content, "not the index of a TensorFlow checkpoint, or cut off")
@@ -76,7 +76,7 @@ def test_a_damaged_index_is_one_line(tmp_path):
         expect(bytes(flipped), "damaged: the checksum of a block is not that of its bytes")
     index.unlink()
     index.mkdir()
-    refused(index.with_suffix(""), "index: cannot be read")
+    assert_refused(index.with_suffix(""), "index: cannot be read")
 
 
 def test_an_index_that_asks_for_what_is_not_read_is_one_line(tmp_path):
@@ -84,7 +84,7 @@ def test_an_index_that_asks_for_what_is_not_read_is_one_line(tmp_path):
 
     def expect(content: bytes, message: str) -> None:
         (tmp_path / "m.index").write_bytes(content)
-        refused(tmp_path / "m", message)
+        assert_refused(tmp_path / "m", message)
 
     (tmp_path / "m.index").write_bytes(index_of(a=entry()))
     assert read_checkpoint(tmp_path / "m").variables["a"].tolist() == [0, 0]
@@ -106,7 +106,7 @@ def test_an_index_that_asks_for_what_is_not_read_is_one_line(tmp_path):
     expect(index_of(a=b"\x80"), "damaged: a number is cut off")
     empty = block({})
     expect(finish(empty, *handles_of(empty) * 3), "damaged: its blocks overlap")
-    refused(FIXTURES / "partitioned", "electra/embeddings_project/bias is partitioned")
+    assert_refused(FIXTURES / "partitioned", "electra/embeddings_project/bias is partitioned")
 
 
 def test_damaged_data_is_one_line(tmp_path):
@@ -117,11 +117,11 @@ def test_damaged_data_is_one_line(tmp_path):
         flipped = bytearray(good)
         flipped[place] ^= 1
         data.write_bytes(bytes(flipped))
-        refused(folder, f"{data.name}: damaged: the checksum of [a-z_/0-9A-Z]+ is not that of its bytes")
+        assert_refused(folder, f"{data.name}: damaged: the checksum of [a-z_/0-9A-Z]+ is not that of its bytes")
     data.write_bytes(good[:-1])
-    refused(folder, rf"{data.name}: cut off: \S+ ends at {len(good)} bytes, the file at {len(good) - 1}")
+    assert_refused(folder, rf"{data.name}: cut off: \S+ ends at {len(good)} bytes, the file at {len(good) - 1}")
     data.unlink()
-    refused(folder, f"{data.name}: cannot be read [(]No such file or directory[)]")
+    assert_refused(folder, f"{data.name}: cannot be read [(]No such file or directory[)]")
     (folder / "model.ckpt-7.data-00000-of-00003").unlink()  # holds the number of steps alone
     data.write_bytes(good)
     assert read_checkpoint(folder).variables.keys() == SHAPES.keys()

@@ -45,7 +45,7 @@ def same(found, expected):
         np.testing.assert_array_equal(found[name], array)
 
 
-def refused(path, message, read=read_weights):
+def assert_refused(path, message, read=read_weights):
     with pytest.raises(UserError, match=message) as error:
         read(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
@@ -130,7 +130,7 @@ BROKEN = {
 def test_broken_safetensors_are_refused_in_one_line(name, tmp_path):
     data, message = BROKEN[name]
     (tmp_path / "model.safetensors").write_bytes(data)
-    refused(tmp_path, message)
+    assert_refused(tmp_path, message)
 
 
 # -- directories -------------------------------------------------------------------------------------------------------
@@ -152,24 +152,26 @@ def test_shards_are_one_model(tmp_path):
 def test_a_shard_outside_the_directory_is_refused(file, tmp_path):
     shards(tmp_path, x={"a": A})
     index(tmp_path, {"a": file})
-    refused(tmp_path, "names the shard '.*'; expected a file beside it")
+    assert_refused(tmp_path, "names the shard '.*'; expected a file beside it")
 
 
 def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path):
     shards(tmp_path, x={"a": A, "c": A}, y={"a": A, "b": A})
-    refused(tmp_path, "'a' is in the shard 'y.safetensors' and in another")
+    assert_refused(tmp_path, "'a' is in the shard 'y.safetensors' and in another")
     index(tmp_path, {"a": "x.safetensors", "d": "x.safetensors"})
-    refused(tmp_path, "the shard 'x.safetensors' lacks 'd'")
+    assert_refused(tmp_path, "the shard 'x.safetensors' lacks 'd'")
     index(tmp_path, {"a": "z.safetensors"})
-    refused(tmp_path, "the shard 'z.safetensors' is missing")
+    assert_refused(tmp_path, "the shard 'z.safetensors' is missing")
     index(tmp_path, ["x.safetensors"])
-    refused(tmp_path, "expected a weight_map of tensors' names to files")
+    assert_refused(tmp_path, "expected a weight_map of tensors' names to files")
     (tmp_path / "model.safetensors.index.json").write_text("{")
-    refused(tmp_path, "model.safetensors.index.json: not JSON")
+    assert_refused(tmp_path, "model.safetensors.index.json: not JSON")
 
 
 def test_safetensors_come_before_msgpack_and_nothing_at_all_is_refused(tmp_path):
-    refused(tmp_path, "holds no weights; expected one of model.safetensors, pytorch_model.bin, flax_model.msgpack")
+    assert_refused(
+        tmp_path, "holds no weights; expected one of model.safetensors, pytorch_model.bin, flax_model.msgpack"
+    )
     (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize({"b": A}))
     same(read_weights(tmp_path), {"b": A})
     shards(tmp_path, x={"a": A})
@@ -183,7 +185,7 @@ def test_old_names_of_norms_are_the_new_ones(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", tensors)
     same(read_weights(tmp_path), {"x.LayerNorm.weight": A, "x.LayerNorm.bias": IDS, "gamma": A})
     write_safetensors(tmp_path / "model.safetensors", tensors | {"x.LayerNorm.weight": A})
-    refused(tmp_path, "'x.LayerNorm.weight' is there twice")
+    assert_refused(tmp_path, "'x.LayerNorm.weight' is there twice")
 
 
 # -- torch -------------------------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def test_a_pickle_that_would_run_code_does_not(is_zip, tmp_path):
         torch.save(evil, tmp_path / "pytorch_model.bin")
     else:
         (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(evil))
-    refused(tmp_path, "pytorch_model.bin: expected a checkpoint of tensors alone")
+    assert_refused(tmp_path, "pytorch_model.bin: expected a checkpoint of tensors alone")
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(evil["a"])).close()  # the bait is a real one
     assert (tmp_path / "ran").exists()
@@ -238,16 +240,16 @@ def test_a_checkpoint_of_other_things_or_cut_short_is_refused(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     for content in ({"a": 1}, {1: torch.tensor(A)}, [torch.tensor(A)], {"a": torch.tensor(1.0).expand(10**12)}):
         torch.save(content, path)
-        refused(tmp_path, "pytorch_model.bin: expected a checkpoint of tensors alone")
+        assert_refused(tmp_path, "pytorch_model.bin: expected a checkpoint of tensors alone")
     torch.save({"a": torch.tensor(A)}, path)
     path.write_bytes(path.read_bytes()[:-30])
-    refused(tmp_path, "pytorch_model.bin: expected a checkpoint of tensors alone")
+    assert_refused(tmp_path, "pytorch_model.bin: expected a checkpoint of tensors alone")
 
 
 def test_without_torch_its_checkpoint_is_refused_or_the_one_of_flax_taken(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    refused(tmp_path, "only PyTorch reads it, which is not installed")
+    assert_refused(tmp_path, "only PyTorch reads it, which is not installed")
     (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize({"b": A}))
     same(read_weights(tmp_path), {"b": A})
 
@@ -322,7 +324,7 @@ BROKEN_MSGPACK = {
 def test_broken_msgpack_is_refused_in_one_line(name, tmp_path):
     data, message = BROKEN_MSGPACK[name]
     (tmp_path / "flax_model.msgpack").write_bytes(data)
-    refused(tmp_path, message)
+    assert_refused(tmp_path, message)
 
 
 # -- trees -------------------------------------------------------------------------------------------------------------
@@ -374,13 +376,13 @@ def test_a_flipped_bit_anywhere_in_a_tree_is_found(tmp_path):
 
 
 def test_a_tree_that_is_missing_or_not_ours_is_refused(tmp_path):
-    refused(tmp_path / "w", r"cannot be read \(No such file or directory\)", read_tree)
+    assert_refused(tmp_path / "w", r"cannot be read \(No such file or directory\)", read_tree)
     write_safetensors(tmp_path / "w", {"a": A})
-    refused(tmp_path / "w", "has no checksum; expected a file that electrax wrote", read_tree)
+    assert_refused(tmp_path / "w", "has no checksum; expected a file that electrax wrote", read_tree)
     write_tree(tmp_path / "w", {"a": A})
     raw = (tmp_path / "w").read_bytes()
     (tmp_path / "w").write_bytes(raw[:-1] + bytes([raw[-1] ^ 64]))
-    refused(tmp_path / "w", "damaged", read_tree)
+    assert_refused(tmp_path / "w", "damaged", read_tree)
 
 
 # -- damage of any kind ------------------------------------------------------------------------------------------------
