@@ -186,18 +186,26 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     return report.evaluate_and_report(config)
 
 
-def predict_command(arguments: Sequence[str]) -> int:
+def _two_words(cls: type, usage: str, keys: tuple[str, str], more: str, arguments: Sequence[str]):
+    """The config of a command that takes two words, `usage` in upper case, for two of its keys; None after help."""
     from electrax.config import build, parse_overrides
-    from electrax.inference.predict import PredictConfig
 
-    if _help(PredictConfig, "electrax predict WORKDIR INPUT", arguments):
-        return 0
+    if _help(cls, f"electrax {usage}", arguments):
+        return None
     words, options = _positional(arguments)
     if len(words) != 2:
-        raise UserError(
-            "predict: expected WORKDIR INPUT (a file, or - for lines of standard input), then --key value …"
-        )
-    config = build(PredictConfig, {**parse_overrides(options), "model": words[0], "input": words[1]}, "command line")
+        command, _, expected = usage.partition(" ")
+        raise UserError(f"{command}: expected {expected} ({more}), then --key value …")
+    return build(cls, {**parse_overrides(options), **dict(zip(keys, words, strict=True))}, "command line")
+
+
+def predict_command(arguments: Sequence[str]) -> int:
+    from electrax.inference.predict import PredictConfig
+
+    more = "a file, or - for lines of standard input"
+    config = _two_words(PredictConfig, "predict WORKDIR INPUT", ("model", "input"), more, arguments)
+    if config is None:
+        return 0
     use_compilation_cache()
     from electrax.experiment.finetune import text_columns
     from electrax.experiment.saved import load
@@ -210,32 +218,24 @@ def predict_command(arguments: Sequence[str]) -> int:
 
 
 def convert_command(arguments: Sequence[str]) -> int:
-    from electrax.config import build, parse_overrides
     from electrax.experiment.foreign import ConvertConfig
 
-    if _help(ConvertConfig, "electrax convert FROM TO", arguments):
-        return 0
-    words, options = _positional(arguments)
-    if len(words) != 2:
-        raise UserError("convert: expected FROM TO (a model, a new directory), then --key value …")
-    config = build(ConvertConfig, {**parse_overrides(options), "source": words[0], "out": words[1]}, "command line")
-    from electrax.report.convert import convert_and_report
+    more = "a model, a new directory"
+    config = _two_words(ConvertConfig, "convert FROM TO", ("source", "out"), more, arguments)
+    if config is not None:
+        from electrax.report.convert import convert_and_report
 
-    convert_and_report(config)
+        convert_and_report(config)
     return 0
 
 
 def export_command(arguments: Sequence[str]) -> int:
-    from electrax.config import build, parse_overrides
     from electrax.convert.export import ExportConfig
 
-    if _help(ExportConfig, "electrax export MODEL OUT", arguments):
-        return 0
-    words, options = _positional(arguments)
-    if len(words) != 2:
-        raise UserError("export: expected MODEL OUT (a trained model, a new directory), then --key value …")
-    config = build(ExportConfig, {**parse_overrides(options), "model": words[0], "out": words[1]}, "command line")
-    from electrax.report.export import export_and_report
+    more = "a trained model, a new directory"
+    config = _two_words(ExportConfig, "export MODEL OUT", ("model", "out"), more, arguments)
+    if config is not None:
+        from electrax.report.export import export_and_report
 
-    export_and_report(config)
+        export_and_report(config)
     return 0
