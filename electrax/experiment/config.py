@@ -47,6 +47,8 @@ class PretrainConfig:
     batch_size: int = 128  # rows of a step, over all devices
     init_from: str = ""  # work directory of a run, or a model of another format, whose weights are the start
     profile: bool = False  # trace a few steps and show where their time goes
+    steps_per_dispatch: int = 1  # steps that one call takes where nothing is due between them; changes no result
+    rows_on_device: Literal["auto", "always", "never"] = "auto"  # training rows; auto: if few for a GPU
     faithful: bool = False  # the reference's known flaws too
     model: ModelConfig = ModelConfig()
     generator: GeneratorConfig = GeneratorConfig()
@@ -67,6 +69,7 @@ class PretrainConfig:
             )
         for key, value in {
             "batch_size": self.batch_size,
+            "steps_per_dispatch": self.steps_per_dispatch,
             "log.every": self.log.every,
             "eval.every": self.eval.every,
             "checkpoint.every": self.checkpoint.every,

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from jax.sharding import Mesh
 
 from electrax.config import UserError
 from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
@@ -19,6 +20,7 @@ from electrax.models.sizes import discriminator_shape, generator_shape
 from electrax.tasks.corruption import slot_count
 from electrax.tasks.pretrain import PretrainTask, SpecialIds
 from electrax.training.evaluate import make_evaluate
+from electrax.training.feed import Feed, fits_device, host_feed, resident_feed
 from electrax.training.sharding import make_mesh
 from electrax.training.tracking import Record
 
@@ -136,7 +138,21 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
         tokens_per_step=float(config.batch_size * config.data.max_length),
         eval_every=config.eval.every,
         save_every=config.checkpoint.every,
+        steps_per_dispatch=config.steps_per_dispatch,
+        feed=make_feed(config, task, corpus, mesh),
         initial=(lambda drawn: start_weights(config, tokenizer, drawn)) if config.init_from else None,
+    )
+
+
+def make_feed(config: PretrainConfig, task: PretrainTask, corpus: Corpus, mesh: Mesh) -> Feed:
+    """From the devices' memory where the config or the rows' size says so, otherwise from the disk."""
+    manifest = corpus.manifest
+    size = corpus.size("train") * manifest.max_length * np.dtype(manifest.dtype).itemsize
+    fits = fits_device(size, mesh.devices.flat[0])
+    if config.rows_on_device == "never" or (config.rows_on_device == "auto" and not fits):
+        return host_feed(task, mesh)
+    return resident_feed(
+        corpus.rows("train", np.arange(corpus.size("train"))), task.train_numbers, task.batch_size, mesh
     )
 
 

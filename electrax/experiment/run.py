@@ -18,6 +18,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.tasks.base import Batch, Params, Task
 from electrax.training.checkpoint import Checkpoints, restore_newest_params, tokenizer_hash
 from electrax.training.evaluate import make_evaluate
+from electrax.training.feed import Feed, host_feed
 from electrax.training.lockstep import JointStep, lockstep
 from electrax.training.loop import Interrupted, NonFiniteLoss, Record, train
 from electrax.training.optim import make_optimizer
@@ -38,6 +39,7 @@ HEAD_FILE = "head.json"  # what a fine-tuned head's outputs mean
 WEIGHTS_FILE = "model.safetensors"  # of a model without checkpoints
 # keys that may be other ones when a run is resumed
 MAY_CHANGE = {"workdir", "profile", "seeds", "seeds_at_once", "steps", "epochs", "checkpoint", "eval", "log", "mesh"}
+MAY_CHANGE |= {"steps_per_dispatch", "rows_on_device"}
 MEMORY_SHARE = 0.8  # of an accelerator that models side by side may take; the rest is for evaluation
 
 
@@ -54,6 +56,7 @@ class Run:
     start: int
     state: TrainState
     step_function: Step
+    feed: Feed
     evaluate: Callable[[Params], tuple[dict[str, float], dict[str, np.ndarray]]]
     checkpoints: Checkpoints
     flops_per_step: float
@@ -61,6 +64,7 @@ class Run:
     eval_every: int
     save_every: int
     patience: int
+    steps_per_dispatch: int
     example: Batch  # of the largest shape
 
     def memory(self) -> int:
@@ -93,12 +97,13 @@ class Run:
             (step or self.step_function) if alone else None,
             self.evaluate,
             self.checkpoints,
-            self.mesh,
+            self.feed,
             steps=self.steps,
             eval_every=self.eval_every,
             save_every=self.save_every,
             log_every=self.config.log.every,
             patience=self.patience,
+            steps_per_dispatch=1 if step else self.steps_per_dispatch,
             stop=stop,
         )
 
@@ -116,6 +121,8 @@ def assemble(
     eval_every: int,
     save_every: int,
     patience: int = 0,
+    steps_per_dispatch: int = 1,
+    feed: Feed | None = None,
     initial: Callable[[Params], Params] | None = None,
     is_frozen: Callable[[tuple[str, ...]], bool] = lambda path: False,
 ) -> Run:
@@ -143,6 +150,7 @@ def assemble(
         start=start,
         state=state,
         step_function=make_step(task, optimizer, abstract, mesh, config.optimizer.microbatch, config.seed),
+        feed=feed or host_feed(task, mesh),
         evaluate=make_evaluate(task, mesh),
         checkpoints=checkpoints,
         flops_per_step=flops_per_step,
@@ -150,6 +158,7 @@ def assemble(
         eval_every=eval_every,
         save_every=save_every,
         patience=patience,
+        steps_per_dispatch=steps_per_dispatch,
         example=example,
     )
 

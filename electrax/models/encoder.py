@@ -1,6 +1,7 @@
 """The encoder both towers are made of, its embeddings, and the sizes of the paper."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -12,7 +13,9 @@ from jaxtyping import Array, Float, Int
 from electrax.models.attention import Implementation, Mask, SelfAttention
 from electrax.models.dropout import Seed, dropout, fold
 from electrax.models.linear import Linear
+from electrax.models.lookup import LookupGradient, lookup
 
+MOST_UNROLLED = 12  # layers
 VOCABULARY_MULTIPLE = 128  # the word table is padded to it, so that it divides over devices and fills matrix units
 
 
@@ -33,8 +36,10 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     attention: Implementation = "plain"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    scan_layers: bool = False
+    lookup_gradient: LookupGradient = "auto"
+    scan_layers: bool | None = None
     remat: bool = False
+    remat_keep: Literal["nothing", "products"] = "nothing"
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -49,6 +54,11 @@ class EncoderConfig:
     @property
     def modern(self) -> bool:
         return self.body == "modern"
+
+    @property
+    def scanned(self) -> bool:
+        """Whether one layer is compiled for all; by default for deep towers, which take long to compile."""
+        return self.layers > MOST_UNROLLED if self.scan_layers is None else self.scan_layers
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -110,9 +120,10 @@ class Embeddings(nn.Module):
         self, ids: Int[Array, "B L"], types: Int[Array, "B L"] | None = None, positions: Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L E"]:
         """`types` default to 0 and `positions` to 0 … L-1. The modern body's positions are in its attention instead."""
-        x = self.word[ids]
+        take = functools.partial(lookup, gradient=self.config.lookup_gradient)
+        x = take(self.word, ids)
         if not self.config.modern:
-            x = x + (self.position[None, : ids.shape[1]] if positions is None else self.position[positions])
+            x = x + (self.position[None, : ids.shape[1]] if positions is None else take(self.position, positions))
         # two rows by arithmetic: a gather would give the gradient a scatter onto two rows
         first, second = self.type[None, None, 0], self.type[None, None, 1]
         x = x + first + (0 if types is None else types[..., None] * (second - first))
@@ -195,9 +206,13 @@ class Encoder(nn.Module):
             return block.apply({"params": params}, x, mask, positions, seed)
 
         if c.remat:
-            apply = jax.checkpoint(apply, prevent_cse=not c.scan_layers)
+            policies = jax.checkpoint_policies
+            policy = (
+                policies.nothing_saveable if c.remat_keep == "nothing" else policies.dots_with_no_batch_dims_saveable
+            )
+            apply = jax.checkpoint(apply, prevent_cse=not c.scanned, policy=policy)
         seeds = [fold(seed, i) for i in range(c.layers)]
-        if c.scan_layers:
+        if c.scanned:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, seeds, strict=True))
             x, _ = jax.lax.scan(lambda x, layer: (apply(x, layer), None), x, stacked)
         else:

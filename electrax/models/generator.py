@@ -16,17 +16,26 @@ class MaskedLMHead(nn.Module):
 
     config: EncoderConfig
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        self.dense = Linear(c.embedding_width, dtype=c.dtype, kernel_init=c.kernel_init())
+        self.norm = c.norm()
+        self.output_bias = self.param("output_bias", nn.initializers.zeros, (c.padded_vocab_size,))
+
     def __call__(self, hidden: Float[Array, "B N D"], word: Float[Array, "V E"]) -> Float[Array, "B N V"]:
+        return self.logits(self.transform(hidden), word)
+
+    def transform(self, hidden: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
+        """What the word table is multiplied with."""
+        return self.norm(gelu(self.dense(hidden)))
+
+    def logits(self, x: Float[Array, "B N E"], word: Float[Array, "V E"]) -> Float[Array, "B N V"]:
         """Padded entries get the lowest float32, so that they can be neither predicted nor sampled."""
         c = self.config
-        x = Linear(c.embedding_width, dtype=c.dtype, kernel_init=c.kernel_init(), name="dense")(hidden)
-        x = c.norm("norm")(gelu(x))
-        bias = self.param("output_bias", nn.initializers.zeros, (c.padded_vocab_size,))
         logits = jnp.einsum("bne,ve->bnv", x, word.astype(c.dtype), preferred_element_type=jnp.float32)
         # the lowest number swallows whatever is added to it: a choice of B x N x V values costs more than one of V
-        bias = jnp.where(jnp.arange(c.padded_vocab_size) < c.vocab_size, bias, jnp.finfo(jnp.float32).min)
-        return logits + bias[None, None]
+        is_token = jnp.arange(c.padded_vocab_size) < c.vocab_size
+        return logits + jnp.where(is_token, self.output_bias, jnp.finfo(jnp.float32).min)[None, None]
 
 
 class Generator(nn.Module):
@@ -40,7 +49,9 @@ class Generator(nn.Module):
     two_tower: bool = False
     wrap: bool = False  # the first place's neighbour is the last, as in the reference, even if that saw the token
 
-    @nn.compact
+    def setup(self):
+        self.head = MaskedLMHead(self.config)
+
     def __call__(
         self,
         embedded: Float[Array, "B L E"],
@@ -51,6 +62,18 @@ class Generator(nn.Module):
         seed: Seed | None = None,
     ) -> Float[Array, "B N V"]:
         """Logits at the places `slots` of each row (N = M), or at all of them (N = L) where none are named."""
+        return self.head.logits(self.states(embedded, mask, slots, positions, seed), word)
+
+    @nn.compact
+    def states(
+        self,
+        embedded: Float[Array, "B L E"],
+        mask: Mask,
+        slots: Int[Array, "B M"] | None = None,
+        positions: Int[Array, "B L"] | None = None,
+        seed: Seed | None = None,
+    ) -> Float[Array, "B N E"]:
+        """What `MaskedLMHead.logits` takes: all of the generator but its largest part, the vocabulary."""
 
         def read(name: str, mask: Mask, seed: Seed | None) -> Float[Array, "B L D"]:
             return Encoder(self.config, name=name)(embedded, mask, positions, seed)
@@ -63,7 +86,7 @@ class Generator(nn.Module):
             hidden = read("encoder", mask, seed)
         if slots is not None:
             hidden = jnp.take_along_axis(hidden, slots[..., None], axis=1)
-        return MaskedLMHead(self.config, name="head")(hidden, word)
+        return self.head.transform(hidden)
 
     def _moved(self, hidden: Float[Array, "B L D"], mask: Mask, step: int) -> Float[Array, "B L D"]:
         """The state `step` places before; zeros where the row or the document ends there."""

@@ -6,6 +6,7 @@ from typing import Literal
 from electrax.config import UserError
 from electrax.models.attention import Implementation
 from electrax.models.encoder import EncoderConfig
+from electrax.models.lookup import LookupGradient
 
 # masked: a masked LM. two_tower: one reads forwards, one backwards, none sees the token it predicts (Electric's).
 # shared: the discriminator's own encoder with a masked-LM head (the reference's untied_generator=False)
@@ -48,8 +49,10 @@ class ModelConfig:
     attention_dropout: float = 0.1
     attention: Implementation = "plain"  # xla and cudnn: jax.nn.dot_product_attention's, without attention dropout
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and losses are float32
-    scan_layers: bool = False  # compiles one layer instead of all; slower to run
+    lookup_gradient: LookupGradient = "auto"  # of the word table: scatter, or sums within a row first (auto: on CUDA)
+    scan_layers: bool | None = None  # compiles one layer instead of all, slower to run; None: where they are over 12
     remat: bool = False  # computes activations again in the backward pass, to save memory
+    remat_keep: Literal["nothing", "products"] = "nothing"  # what remat does not compute again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +89,10 @@ def discriminator_shape(model: ModelConfig, vocab_size: int) -> EncoderConfig:
         attention_dropout=model.attention_dropout,
         attention=model.attention,
         compute_dtype=model.compute_dtype,
+        lookup_gradient=model.lookup_gradient,
         scan_layers=model.scan_layers,
         remat=model.remat,
+        remat_keep=model.remat_keep,
     )
 
 

@@ -3,26 +3,27 @@ of what a token's probability in its place is (Electric), or masked LM alone (BE
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Int64, Key
 
 from electrax.data.batches import eval_batches, train_rows
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, EncoderConfig
 from electrax.models.flops import pretraining_step
-from electrax.models.generator import Generator
+from electrax.models.generator import Generator, MaskedLMHead
 from electrax.models.masks import document_index, document_mask, document_positions, padding_mask, segment_ids
 from electrax.models.sizes import GeneratorKind
 from electrax.tasks import corruption
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 
 EPSILON = 1e-6  # the reference adds it to every denominator
+MOST_LOGITS = 2**28  # of a device, held at once: 1 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ObjectiveConfig:
     disallow_correct: bool = False
     generator_weight: float = 1.0
     discriminator_weight: float = 50.0
+    vocabulary_rows: int = 0  # rows whose logits over the vocabulary are held at once; 0: as many as a GiB holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,40 +186,75 @@ class PretrainTask:
             return document_mask(documents), None, document_positions(ids, s.cls)
         return padding_mask(ids != s.pad), segment_ids(ids, s.sep, s.pad), None
 
-    def _generate(self, params: Params, prepared: Batch, context, train: bool) -> Float[Array, "B N V"]:
-        """Logits at the slots, or with Electric everywhere."""
+    def _generate(self, params: Params, prepared: Batch, context, train: bool) -> Float[Array, "B N E"]:
+        """The generator's states at the slots, or with Electric everywhere; the vocabulary comes in `_predict`."""
         mask, types, positions = context
-        source = "embeddings" if self.shared_embeddings else "generator_embeddings"
         embeddings = Embeddings(self.discriminator if self.shared_embeddings else self.generator)
-        embedded = embeddings.apply({"params": params[source]}, prepared["masked"], types, positions)
+        table = params[self._embeddings_of_generator]
+        embedded = embeddings.apply({"params": table}, prepared["masked"], types, positions)
         return self._generator().apply(
             {"params": self.generator_params(params)},
             embedded,
-            params[source]["word"],
             mask,
             None if self.electric else prepared["slots"],
             positions,
             prepared["dropout_seed"][:, 0] if train else None,
+            method="states",
         )
 
-    def _corrupt(self, prepared: Batch, logits: Float[Array, "B M V"]):
+    @property
+    def _embeddings_of_generator(self) -> str:
+        return "embeddings" if self.shared_embeddings else "generator_embeddings"
+
+    def _predict(self, params: Params, rows: Batch) -> Batch:
+        """All that needs logits over the vocabulary, for some `rows` of a prepared batch with the generator's `state`:
+        the cross entropy and whether the true token is the likeliest, at each state and at each slot, and what
+        `_corrupt` makes of the logits at the slots."""
+        word, head = params[self._embeddings_of_generator]["word"], self.generator_params(params)["head"]
+        with jax.named_scope("vocabulary"):
+            logits = MaskedLMHead(self.generator).apply({"params": head}, rows["state"], word, method="logits")
+            original = jnp.take_along_axis(rows["ids"], rows["slots"], axis=1)
+            at_slots, target = logits, original
+            if self.electric:
+                at_slots, target = jnp.take_along_axis(logits, rows["slots"][..., None], axis=1), rows["ids"]
+            found = {
+                "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, target),
+                "is_largest": _is_largest(logits, target),
+                "is_largest_at_slots": _is_largest(at_slots, original),
+            }
+        if self.detects:
+            with jax.named_scope("sampling"):
+                found |= self._corrupt(rows, jax.lax.stop_gradient(at_slots))
+            if self.electric:
+                found["noise_log_odds"] = self._noise_log_odds(logits, found["corrupted"])
+        return found
+
+    def rows_at_once(self, rows: int, places: int) -> int:
+        """The largest divisor of `rows` that holds as few logits as wanted, with logits at `places` of a row."""
+        most = self.objective.vocabulary_rows or (
+            MOST_LOGITS * jax.device_count() // (places * self.generator.padded_vocab_size)
+        )
+        return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
+
+    def _corrupt(self, rows: Batch, logits: Float[Array, "B M V"]) -> Batch:
         """Samples at the slots, the rows with every used slot (the kept ones too) replaced by its sample, and which
-        tokens count as replaced: those that changed, or with Electric all that were chosen. No gradient passes."""
+        tokens count as replaced: those that changed, or with Electric all that were chosen."""
         o = self.objective
-        original = jnp.take_along_axis(prepared["ids"], prepared["slots"], axis=1)
+        original = jnp.take_along_axis(rows["ids"], rows["slots"], axis=1)
         draw = jax.vmap(
             lambda key, row, true: corruption.sample(
                 key, row, true, o.temperature, o.disallow_correct, with_gumbel=self.faithful
             )
         )
-        sampled = draw(prepared["sample_key"], jax.lax.stop_gradient(logits), original)
-        corrupted = jax.vmap(corruption.write_at)(prepared["ids"], prepared["slots"], sampled, prepared["used"])
+        sampled = draw(rows["sample_key"], logits, original)
+        corrupted = jax.vmap(corruption.write_at)(rows["ids"], rows["slots"], sampled, rows["used"])
+        replaced = corrupted != rows["ids"]
         if self.electric:
             chosen = jax.vmap(corruption.write_at)(
-                jnp.zeros_like(corrupted), prepared["slots"], jnp.ones_like(sampled), prepared["used"]
+                jnp.zeros_like(corrupted), rows["slots"], jnp.ones_like(sampled), rows["used"]
             )
-            return sampled, corrupted, chosen == 1
-        return sampled, corrupted, corrupted != prepared["ids"]
+            replaced = chosen == 1
+        return {"sampled": sampled, "corrupted": corrupted, "replaced": replaced}
 
     def _noise_log_odds(self, logits: Float[Array, "B L V"], corrupted: Int[Array, "B L"]) -> Float[Array, "B L"]:
         """log q(x) + log(p / (1 - p)) of the token x that stands at each place, where q is what the generator gives it
@@ -237,30 +274,25 @@ class PretrainTask:
         """Loss (a sum over the rows), metrics, and by row what the area under the curve is made of."""
         o, ids, used, hidden = self.objective, prepared["ids"], prepared["used"], prepared["hidden"]
         context = self._context(ids)
-        logits = self._generate(params, prepared, context, train)
+        rows = {name: prepared[name] for name in ("ids", "slots", "used", "sample_key")}
+        rows["state"] = self._generate(params, prepared, context, train)
+        found = _by_rows(lambda some: self._predict(params, some), rows, self.rows_at_once(*rows["state"].shape[:2]))
         original = jnp.take_along_axis(ids, prepared["slots"], axis=1)
-        if self.electric:
-            at_slots = jnp.take_along_axis(logits, prepared["slots"][..., None], axis=1)
-            target, weight = ids, prepared["cloze_weight"]
-        else:
-            at_slots, target, weight = logits, original, prepared["slot_weight"]
-        with jax.named_scope("vocabulary"):
-            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-            loss = o.generator_weight * jnp.sum(cross_entropy * weight)
-            metrics = {
-                "mlm_loss": Mean.of(cross_entropy, weight > 0),
-                "mlm_accuracy": Mean.of(_is_largest(logits, target), weight > 0),
-                "masked_accuracy": Mean.of(_is_largest(at_slots, original), hidden),
-            }
+        weight = prepared["cloze_weight" if self.electric else "slot_weight"]
+        loss = o.generator_weight * jnp.sum(found["cross_entropy"] * weight)
+        metrics = {
+            "mlm_loss": Mean.of(found["cross_entropy"], weight > 0),
+            "mlm_accuracy": Mean.of(found["is_largest"], weight > 0),
+            "masked_accuracy": Mean.of(found["is_largest_at_slots"], hidden),
+        }
         arrays = {"hidden_token": jnp.where(hidden, original, -1)}
         if not self.detects:
             return loss, metrics, arrays
-        with jax.named_scope("sampling"):
-            sampled, corrupted, replaced = self._corrupt(prepared, at_slots)
+        sampled, corrupted, replaced = (found[name] for name in ("sampled", "corrupted", "replaced"))
         real = ids != self.special.pad
         score = self._discriminate(params, corrupted, prepared, context, train)
         if self.electric:
-            score += self._noise_log_odds(logits, corrupted)
+            score += found["noise_log_odds"]
         binary = optax.sigmoid_binary_cross_entropy(score, replaced.astype(jnp.float32))
         loss += o.discriminator_weight * jnp.sum(binary * prepared["token_weight"])
         flagged = score > 0  # a logit of exactly 0 counts as "original", as the reference rounds it
@@ -320,10 +352,13 @@ class PretrainTask:
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
+    def train_numbers(self, step: int) -> Int64[np.ndarray, " B"]:
+        """The numbers of the rows of one step."""
+        return train_rows(step, self.batch_size, self.corpus.size("train"), self.seed)
+
     def train_batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Token ids [B, L] of one step, or of some of its rows."""
-        numbers = train_rows(step, self.batch_size, self.corpus.size("train"), self.seed)[rows]
-        return {"ids": self.corpus.rows("train", numbers)}
+        return {"ids": self.corpus.rows("train", self.train_numbers(step)[rows])}
 
     def eval_batches(self, rows: slice = slice(None)) -> Iterator[tuple[Batch, Int[np.ndarray, "B"]]]:
         """Held-out rows; one that only fills the last batch is all padding and so counts nothing."""
@@ -331,6 +366,19 @@ class PretrainTask:
         for numbers in eval_batches(size, self.batch_size):
             numbers = numbers[rows]
             yield {"ids": self.corpus.rows("valid", numbers)}, numbers
+
+
+def _by_rows(function: Callable[[Batch], Batch], rows: Batch, size: int) -> Batch:
+    """`function` of all rows, taken `size` at a time, and computed again for the gradient where that is not all.
+
+    Chunk j takes every n-th row from the j-th on, so that a batch divided over devices stays where it is.
+    """
+    chunks = jax.tree.leaves(rows)[0].shape[0] // size
+    if chunks == 1:
+        return function(rows)
+    cut = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size, chunks, *x.shape[1:]), 0, 1), rows)
+    found = jax.lax.map(jax.checkpoint(function), cut)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(size * chunks, *x.shape[2:]), found)
 
 
 def _is_largest(logits: Float[Array, "B N V"], token: Int[Array, "B N"]) -> Bool[Array, "B N"]:

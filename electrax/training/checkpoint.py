@@ -67,9 +67,12 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """(step, score) of the best evaluated checkpoint, the first of equals; None where there is none."""
-        kept = {step: self._open().metrics(step) for step in self.steps()}
-        scores = {step: found["score"] for step, found in kept.items() if found and found["score"] is not None}
+        scores = {step: score for step in self.steps() if (score := self.score(step)) is not None}
         return max(scores.items(), key=lambda scored: scored[1], default=None)
+
+    def score(self, step: int) -> float | None:
+        """What the checkpoint of a step scored; None where it was not evaluated."""
+        return (self._open().metrics(step) or {}).get("score")
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from electrax.config import UserError
 from electrax.tasks.base import Batch, Params, Task
 from electrax.training.checkpoint import Checkpoints
-from electrax.training.sharding import local_rows, put_batch
+from electrax.training.feed import Feed
 from electrax.training.state import Request, StepResult, TrainState
 from electrax.training.tracking import Record
 
@@ -47,13 +46,14 @@ def train(
     step_function: Callable[[TrainState, Batch], StepResult] | None,
     evaluate: Callable[[Params], tuple[dict[str, float], dict[str, np.ndarray]]],
     checkpoints: Checkpoints,
-    mesh: Mesh,
+    feed: Feed,
     *,
     steps: int,
     eval_every: int,
     save_every: int,
     log_every: int,
     patience: int = 0,
+    steps_per_dispatch: int = 1,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Record | Request, StepResult | None, None]:
     """Trains from `state` (whose buffers it takes over) to `steps` updates.
@@ -63,16 +63,21 @@ def train(
     just started. After `patience` evaluations without a better score (0: never) training ends. Raises NonFiniteLoss,
     or Interrupted once `stop()` is true.
 
+    `feed` gives the batch of a step, or of as many steps, stacked, as `steps_per_dispatch` says; these are taken in one
+    call, `step_function.several`, where nothing is due between them.
+
     Without `step_function` every step is yielded as a Request, and what it gives must be sent, as `lockstep` does.
     """
-    start = int(state.step)
+    start = step = int(state.step)
     saved = start if start in checkpoints.steps() else -1
+    # a run that was stopped where an evaluation was due makes up for it
+    evaluated = start if saved != start or checkpoints.score(start) is not None else -1
     best = checkpoints.best() if patience else None
     window = _Window(start)
-    for step in range(start, steps + 1):
+    while True:
         exhausted = best is not None and step - best[0] >= patience * eval_every
         last, stopping, score = step == steps or exhausted, stop(), None
-        if (step > start or last) and (last or step % eval_every == 0) and not stopping:
+        if (step not in (0, evaluated) or last) and (last or step % eval_every == 0) and not stopping:
             yield from window.close(step)
             figures, arrays = evaluate(state.params)
             score = task.score(figures)
@@ -89,25 +94,31 @@ def train(
             raise Interrupted(step)
         if last:
             return
-        batch = put_batch(task.train_batch(step, local_rows(task.batch_size)), mesh)
+        # before the step: on a CPU it is over when the call returns
+        finished = window.finished()
         if step_function is None:
-            state, loss, metrics = yield Request(step, state, batch)
+            count = 1
+            state, loss, metrics = yield Request(step, state, feed(step, 1))
             window.start()
         else:
-            state, loss, metrics = step_function(state, batch)
+            due = min(steps, *((step // every + 1) * every for every in (eval_every, save_every, log_every)))
+            count = steps_per_dispatch if step + steps_per_dispatch <= due else 1
+            take = step_function if count == 1 else step_function.several
+            state, loss, metrics = take(state, feed(step, count))
         if step % log_every == 0:
-            yield from window.close(step)
-            window.reopen()
+            yield from window.close(step, finished)
         window.add(loss, metrics)
+        step += count
 
 
 class _Window:
     """Results of the steps since the last log line, left on the device until the line is due."""
 
     def __init__(self, step: int):
-        self.first, self.results, self.seconds, self.opened = step, [], 0.0, time.perf_counter()
+        self.first, self.results, self.opened = step, [], time.perf_counter()
 
     def add(self, loss: jax.Array, metrics: Any) -> None:
+        """Those of a step, or of several that were taken in one call, stacked."""
         self.results.append((loss, metrics))
 
     def start(self) -> None:
@@ -119,12 +130,17 @@ class _Window:
         """Time goes on counting: evaluation and saving are not training time."""
         self.opened = time.perf_counter()
 
-    def close(self, step: int) -> Iterator[Record]:
-        """The means over the window as a log record after `step` updates; nothing if no step is in it."""
+    def finished(self) -> float | None:
+        """The time, if all steps so far are over."""
+        return time.perf_counter() if self.results and self.results[-1][0].is_ready() else None
+
+    def close(self, step: int, finished: float | None = None) -> Iterator[Record]:
+        """The means over the window as a log record after `step` updates; nothing if no step is in it. Its steps were
+        over when `finished` says, or else when their results are there."""
         if not self.results:
             return
-        results = jax.device_get(self.results)
-        seconds = time.perf_counter() - self.opened
+        results = [each for taken in jax.device_get(self.results) for each in _apart(*taken)]
+        closed = finished or time.perf_counter()
         for offset, (loss, metrics) in enumerate(results):
             if not (math.isfinite(loss) and math.isfinite(metrics["gradient_norm"].total)):
                 raise NonFiniteLoss(
@@ -136,6 +152,15 @@ class _Window:
         for name in results[0][1]:
             total, weight = np.sum([np.asarray(metrics[name], np.float64) for _, metrics in results], axis=0)
             figures[name] = float(total / weight) if weight else math.nan
-        figures |= {"steps": len(results), "seconds": seconds}
+        figures |= {"steps": len(results), "seconds": closed - self.opened}
         self.first, self.results = step, []
+        read = time.perf_counter()
         yield Record(step, "log", figures, {})
+        self.opened = closed + time.perf_counter() - read  # what the reader of the record did is not training time
+
+
+def _apart(loss: Any, metrics: Any) -> list[tuple[Any, Any]]:
+    """The results of one step each."""
+    if np.ndim(loss) == 0:
+        return [(loss, metrics)]
+    return [(loss[place], jax.tree.map(lambda x, place=place: x[place], metrics)) for place in range(len(loss))]

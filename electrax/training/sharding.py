@@ -73,9 +73,9 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * leading, BATCH_AXES))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays."""
-    sharding = batch_sharding(mesh)
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 0) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays; `leading` axes come before that of the rows."""
+    sharding = batch_sharding(mesh, leading)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 

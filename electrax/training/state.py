@@ -116,6 +116,7 @@ class Request(NamedTuple):
 
 
 StepResult = tuple[TrainState, Float[Array, ""], Metrics]
+StepResults = tuple[TrainState, Float[Array, "n"], Metrics]  # of n steps
 
 
 class Step:
@@ -127,16 +128,30 @@ class Step:
     def __init__(self, function: Callable, shardings: TrainState, seed: int):
         self.function, self.shardings, self.seed = function, shardings, np.uint32(seed)
         self._jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None, None))
+        self._jitted_several = jax.jit(self._scan, donate_argnums=0, out_shardings=(shardings, None, None))
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
-    def compiled(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+    def compiled(self, state: TrainState, batch: Batch, several: bool = False) -> jax.stages.Compiled:
+        shapes = (several, *(leaf.shape for leaf in jax.tree.leaves(batch)))
         if shapes not in self._compiled:
-            self._compiled[shapes] = self._jitted.lower(state, batch, self.seed).compile()
+            jitted = self._jitted_several if several else self._jitted
+            self._compiled[shapes] = jitted.lower(state, batch, self.seed).compile()
         return self._compiled[shapes]
 
     def __call__(self, state: TrainState, batch: Batch) -> StepResult:
         return self.compiled(state, batch)(state, batch, self.seed)
+
+    def several(self, state: TrainState, batches: Batch) -> StepResults:
+        """As many steps as the first axis of `batches` is long, in one call; losses and metrics are stacked."""
+        return self.compiled(state, batches, several=True)(state, batches, self.seed)
+
+    def _scan(self, state: TrainState, batches: Batch, seed: jax.Array | np.uint32) -> StepResults:
+        def step(state: TrainState, batch: Batch):
+            state, *results = self.function(state, batch, seed)
+            return state, results
+
+        state, (losses, metrics) = jax.lax.scan(step, state, batches)
+        return state, losses, metrics
 
 
 def make_step(

@@ -342,16 +342,44 @@ def value_and_grads(config, params):
     [
         (TINY, {"scan_layers": True}),
         (TINY, {"remat": True}),
+        (TINY, {"remat": True, "remat_keep": "products"}),
+        (TINY, {"lookup_gradient": "summed"}),
         (MODERN, {"scan_layers": True, "remat": True}),
     ],
-    ids=["electra-scan", "electra-remat", "modern-scan-remat"],
+    ids=["electra-scan", "electra-remat", "electra-remat-products", "electra-summed", "modern-scan-remat"],
 )
-def test_scanned_and_rematerialised_layers_equal_the_plain_ones_dropout_on(config, changes):
+def test_every_way_to_compute_the_layers_gives_the_plain_ones_results_dropout_on(config, changes):
     params = random_params(shapes_of(config))
     plain = value_and_grads(config, params)
     other = value_and_grads(dataclasses.replace(config, **changes), params)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def count_products(jaxpr):
+    inner = [value for equation in jaxpr.eqns for value in equation.params.values()]
+    bodies = [getattr(value, "jaxpr", value) for value in inner]
+    return sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns) + sum(
+        count_products(body) for body in bodies if hasattr(body, "eqns")
+    )
+
+
+def test_remat_computes_products_again_and_with_products_kept_only_those_of_attention():
+    params = random_params(shapes_of(TINY))
+
+    def products(**changes):
+        config = dataclasses.replace(TINY, **changes)
+        total = lambda params: jnp.sum(hidden(config, params, IDS, padding_mask(IDS != PAD)))  # noqa: E731
+        return count_products(jax.make_jaxpr(jax.grad(total))(params).jaxpr)
+
+    plain, kept, remat = products(), products(remat=True, remat_keep="products"), products(remat=True)
+    # in each of two layers queries with keys and weights with values, and the products with four kernels
+    assert kept - plain == 2 * 2 and remat - kept == 2 * 4
+
+
+@pytest.mark.parametrize(("layers", "asked", "scanned"), [(12, None, False), (13, None, True), (13, False, False)])
+def test_deep_towers_are_scanned_unless_told_otherwise(layers, asked, scanned):
+    assert dataclasses.replace(TINY, layers=layers, scan_layers=asked).scanned is scanned
 
 
 def test_the_encoder_passes_its_attention_implementation_on(monkeypatch):

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -379,6 +380,44 @@ def test_loss_and_gradients_add_up_over_every_cut_of_the_prepared_rows_dropout_o
         np.testing.assert_allclose(a, b, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+def at_once(task, rows):
+    return dataclasses.replace(task, objective=dataclasses.replace(task.objective, vocabulary_rows=rows))
+
+
+@pytest.mark.parametrize("rows", [1, 3])  # of 4 rows 3 are no divisor; 2 are the next
+def test_loss_and_gradients_are_the_same_where_the_vocabulary_is_taken_in_chunks(evaluated, rows):
+    task, prepared, _, _ = evaluated
+    params = params_of(task)
+    (whole_loss, whole_metrics), whole_grads = loss_and_grads(task, params, prepared)
+    (loss, metrics), grads = loss_and_grads(at_once(task, rows), params, prepared)
+    np.testing.assert_allclose(loss, whole_loss, rtol=1e-6)
+    assert means(metrics) == pytest.approx(means(whole_metrics), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+def largest_logits(task, prepared):
+    """The most values over the vocabulary (of 128 with padding) that an array of the step holds."""
+    jaxpr = jax.make_jaxpr(jax.grad(task.loss, has_aux=True))(params_of(task), prepared)
+    shapes = re.findall(r"f32\[([\d,]+),128\]", str(jaxpr))
+    return max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
+
+
+def test_no_more_logits_are_held_at_once_than_those_of_a_chunk(evaluated):
+    task, prepared, _, _ = evaluated
+    assert largest_logits(task, prepared) == 4 * SLOTS
+    assert largest_logits(at_once(task, 1), prepared) == SLOTS
+
+
+def test_by_default_a_chunk_of_rows_has_at_most_a_gib_of_logits():
+    wide = dataclasses.replace(make_task(), generator=dataclasses.replace(SMALL, vocab_size=1_000_000))
+    devices = jax.device_count()
+
+    # 128 x 20 x 1,000,064 logits are 9.5 GiB: of the divisors of 128, one device takes 8
+    assert wide.rows_at_once(128, 20) == min(128, {1: 8, 2: 16, 4: 32, 8: 64}[devices])
+    assert make_task().rows_at_once(128, 20) == 128
 
 
 # -- figures of an evaluation -----------------------------------------------------------------------------------------

@@ -212,6 +212,16 @@ def test_electrics_loss_adds_up_over_the_rows():
     assert float(sum(halves)) == pytest.approx(float(whole), rel=1e-5)
 
 
+def test_electrics_gradients_are_the_same_where_the_vocabulary_is_taken_in_chunks():
+    task = make_task()
+    prepared, chunked = prepare(task, IDS, KEYS), dataclasses.replace(task.objective, vocabulary_rows=2)
+    (whole_loss, _), whole = loss_and_grads(task, params_of(task), prepared)
+    (loss, _), grads = loss_and_grads(dataclasses.replace(task, objective=chunked), params_of(task), prepared)
+    assert float(loss) == pytest.approx(float(whole_loss), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
 # -- a two-tower generator --------------------------------------------------------------------------------------------
 
 

@@ -1,3 +1,5 @@
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from electrax.tasks.base import Mean
 from electrax.training.checkpoint import Checkpoints
+from electrax.training.feed import host_feed
 from electrax.training.loop import Interrupted, NonFiniteLoss, train
 from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.state import TrainState
@@ -21,6 +24,9 @@ class Recorded(Checkpoints):
 
     def steps(self):
         return sorted(self.states)
+
+    def score(self, step):
+        return self.scores[step]
 
     def best(self):
         scores = {step: score for step, score in self.scores.items() if score is not None}
@@ -61,15 +67,25 @@ LOSSES = [8.0, 6.0, 1.0, 3.0, 5.0, 4.0, 2.0, 7.0]
 class Fake:
     """A run of the loop with everything around it made up; `events` tells what happened, in order."""
 
-    def __init__(self, tmp_path, start=0, saved=(), losses=LOSSES, norms=None, held_out=None):
+    def __init__(self, tmp_path, start=0, saved=(), losses=LOSSES, norms=None, held_out=None, seconds=0.0):
         self.events: list[str] = []
+        self.seconds = seconds  # of a step
         self.held_out = held_out or {}  # loss by step
         saved = saved if isinstance(saved, dict) else dict.fromkeys(saved)
         self.checkpoints = Recorded(tmp_path, self.events, saved)
         self.losses, self.norms = losses, norms or [1.0] * len(losses)
         self.start = start
 
-    def step(self, state, batch):
+    def several(self, state, batches):
+        self.events.append(f"{len(batches['ids'])} steps:")
+        results = []
+        for ids in batches["ids"]:
+            state, *result = self(state, {"ids": ids})
+            results.append(result)
+        return state, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    def __call__(self, state, batch):
+        time.sleep(self.seconds)
         number = int(np.asarray(batch["ids"])[0, 0])
         self.events.append(f"step {number}")
         assert number == int(state.step)
@@ -84,12 +100,21 @@ class Fake:
         self.events.append(f"evaluate {int(params['w'])}")
         return {"loss": self.held_out.get(int(params["w"]), float(params["w"]) + 0.5)}, {"score": np.zeros(3)}
 
-    def records(self, steps, eval_every=100, save_every=100, log_every=100, patience=0, stop=lambda: False):
+    def records(self, steps, eval_every=100, save_every=100, log_every=100, patience=0, stop=lambda: False, dispatch=1):
         state = TrainState(jnp.int32(self.start), {"w": jnp.float32(self.start)}, ())
         every = {"eval_every": eval_every, "save_every": save_every, "log_every": log_every, "patience": patience}
         task = FakeTask(self.events)
         for record in train(
-            task, state, self.step, self.evaluate, self.checkpoints, MESH, steps=steps, stop=stop, **every
+            task,
+            state,
+            self,
+            self.evaluate,
+            self.checkpoints,
+            host_feed(task, MESH),
+            steps=steps,
+            stop=stop,
+            steps_per_dispatch=dispatch,
+            **every,
         ):
             self.events.append(f"{record.kind} record {record.step}")
             yield record
@@ -207,10 +232,19 @@ def test_a_stop_at_the_last_step_still_leaves_the_run_to_be_finished(tmp_path):
 
 
 def test_a_resumed_run_goes_on_with_the_next_batch_and_repeats_neither_evaluation_nor_save(tmp_path):
-    fake = Fake(tmp_path, start=4, saved=[2, 4])
+    fake = Fake(tmp_path, start=4, saved={2: -9.0, 4: -8.0})
     list(fake.records(6, eval_every=2, save_every=2, log_every=2))
     assert fake.events[:4] == ["batch 4", "step 4", "batch 5", "step 5"]
     assert [e for e in fake.events if e.startswith(("evaluate", "save "))] == ["evaluate 6", "save 6", "save record 6"]
+
+
+def test_a_run_that_was_stopped_where_an_evaluation_was_due_makes_up_for_it(tmp_path):
+    fake = Fake(tmp_path)
+    with pytest.raises(Interrupted):
+        list(fake.records(4, eval_every=2, stop=lambda: fake.events[-1:] == ["step 1"]))
+    again = Fake(tmp_path, start=2, saved=fake.checkpoints.scores)
+    list(again.records(4, eval_every=2))
+    assert again.events[:4] == ["evaluate 2", "eval record 2", "batch 2", "step 2"]
 
 
 def test_a_finished_run_is_evaluated_again_and_not_trained(tmp_path):
@@ -219,6 +253,40 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(tmp_path):
     assert fake.events == ["evaluate 4", "eval record 4"]
     assert records[0].figures == {"loss": 4.5}
     assert records[0].arrays["score"].shape == (3,)
+
+
+def test_the_time_of_a_window_is_that_of_its_own_steps(tmp_path):
+    logs = [r for r in Fake(tmp_path, seconds=0.05).records(5, log_every=4) if r.kind == "log"]
+    assert [r.figures["steps"] for r in logs] == [4, 1]
+    assert logs[0].figures["seconds"] >= 0.2 and logs[1].figures["seconds"] >= 0.05
+
+
+# -- several steps in one call ----------------------------------------------------------------------------------------
+
+
+def test_steps_are_taken_together_where_nothing_is_due_between_them(tmp_path):
+    fake = Fake(tmp_path)
+    list(fake.records(8, eval_every=5, save_every=100, log_every=4, dispatch=2))
+    together = [event for event in fake.events if not event.startswith("batch")]
+    assert together == [
+        *("2 steps:", "step 0", "step 1", "2 steps:", "step 2", "step 3"),
+        *("step 4", "log record 4", "log record 5", "evaluate 5", "eval record 5"),  # step 5 is evaluated
+        *("2 steps:", "step 5", "step 6", "step 7"),
+        *("log record 8", "evaluate 8", "eval record 8", "save 8", "save record 8"),
+    ]
+
+
+def test_the_records_are_those_of_single_steps(tmp_path):
+    single, several = (list(Fake(tmp_path).records(8, log_every=4, dispatch=n)) for n in (1, 3))
+    assert [(r.kind, r.step) for r in several] == [(r.kind, r.step) for r in single]
+    for a, b in zip(single, several, strict=True):
+        a.figures.pop("seconds", None), b.figures.pop("seconds", None)
+        assert a.figures == b.figures
+
+
+def test_the_step_of_a_loss_that_is_not_finite_is_named_among_several(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="at step 4, in the window of steps 0 to 7"):
+        list(Fake(tmp_path, losses=[1.0] * 4 + [float("nan")] * 4).records(8, dispatch=8))
 
 
 def test_a_started_generator_trains_only_as_far_as_it_is_asked(tmp_path):

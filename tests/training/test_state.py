@@ -9,6 +9,7 @@ import pytest
 from electrax.config import UserError
 from electrax.tasks.base import Mean
 from electrax.tasks.pretrain import PretrainTask
+from electrax.training.feed import host_feed
 from electrax.training.sharding import put_batch
 from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step, split_rows
 
@@ -70,6 +71,16 @@ def test_micro_batches_change_the_step_by_rounding_only(tiny, one_device, numpy_
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
     assert metrics == pytest.approx(one_device[1], rel=1e-4, abs=1e-6)
     assert_close(numpy_leaves(state), one_device[2], 1e-4)
+
+
+def test_steps_in_one_call_are_bit_for_bit_those_of_single_calls(tiny, one_device, numpy_leaves):
+    task, mesh = tiny.task(), tiny.mesh()
+    state, step, _ = tiny.start(task, mesh)
+    state, losses, metrics = step.several(state, host_feed(task, mesh)(0, 3))
+    assert losses.tolist() == one_device[0]
+    assert float(metrics["rtd_loss"].total[2] / metrics["rtd_loss"].weight[2]) == one_device[1]["rtd_loss"]
+    for name, leaf in numpy_leaves(state).items():
+        np.testing.assert_array_equal(leaf, one_device[2][name], err_msg=name)
 
 
 def test_a_micro_batch_takes_its_rows_from_every_device_in_turn(tiny):
