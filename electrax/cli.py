@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from electrax.config import UserError
+from electrax.xla_flags import use_flags
 
 USAGE = """usage: electrax COMMAND …
 
@@ -29,6 +30,7 @@ def main() -> None:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    use_flags()
     try:
         sys.exit(run(arguments))
     except UserError as error:

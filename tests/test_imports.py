@@ -27,6 +27,7 @@ LEVELS = (
     ("electrax.models", 0),
     ("electrax.data", 0),
     ("electrax.config", 0),
+    ("electrax.xla_flags", 0),
     ("electrax", 6),
 )
 ONLY_IN = {
