@@ -197,7 +197,13 @@ class Encoder(nn.Module):
         block = Block(c)
         names = [f"layer_{i}" for i in range(c.layers)]
         if self.is_initializing():
-            layers = [self.param(name, lambda key: block.init(key, x, mask, positions)["params"]) for name in names]
+            # all at once: the initialisers of one layer are compiled, not those of every layer
+            keys = jax.random.split(self.make_rng("params"), c.layers)
+            drawn = jax.vmap(lambda key: block.init(key, x, mask, positions)["params"])(keys)
+            layers = [
+                self.param(name, lambda _, i=i: jax.tree.map(lambda leaf: leaf[i], drawn))
+                for i, name in enumerate(names)
+            ]
         else:  # `param` would trace each layer's initialisation again, to check its shapes
             layers = [self.get_variable("params", name) for name in names]
 
@@ -211,6 +217,7 @@ class Encoder(nn.Module):
                 policies.nothing_saveable if c.remat_keep == "nothing" else policies.dots_with_no_batch_dims_saveable
             )
             apply = jax.checkpoint(apply, prevent_cse=not c.scanned, policy=policy)
+        apply = jax.jit(apply)  # traced once for all layers; the compiler takes the call apart again
         seeds = [fold(seed, i) for i in range(c.layers)]
         if c.scanned:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, seeds, strict=True))

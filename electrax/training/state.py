@@ -98,13 +98,10 @@ def gradients(task: Task, params: Params, prepared: Batch, mesh: Mesh, microbatc
 
     def add(total, micro):
         (loss, metrics), grads = compute(params, micro)
-        return jax.tree.map(jnp.add, total, (grads, loss, metrics)), None
+        return jax.tree.map(jnp.add, total, grads), (loss, metrics)
 
-    cut = split_rows(prepared, mesh, microbatch)
-    shapes = jax.eval_shape(lambda b: compute(params, b), jax.tree.map(lambda x: x[0], cut))
-    (loss, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, (grads, loss, metrics), cut)
-    return total
+    grads, each = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split_rows(prepared, mesh, microbatch))
+    return grads, *jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
 
 
 class Request(NamedTuple):
