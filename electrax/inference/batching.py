@@ -1,29 +1,65 @@
-"""Texts of mixed lengths in few shapes with little padding."""
+"""Texts of mixed lengths in few shapes with little padding, on all cores."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int, Int64
 
-LADDER = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tokens a row is padded to; beyond: multiples of 512
+# tokens a row is padded to; beyond: multiples of 512
+LADDER = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+TOKENS = 512  # of a large batch: on one core its activations stay in the cache
+ACCELERATOR_TOKENS = 8192
+PASS = 32  # tokens that would take as long as what a batch of any size costs
+
+
+def batch_tokens() -> int:
+    """Of a large batch on this machine."""
+    return TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_TOKENS
+
+
+def at_a_time() -> int:
+    """Batches: one a core; elsewhere one runs while the next is put together."""
+    return os.cpu_count() or 1 if jax.default_backend() == "cpu" else 2
 
 
 def padded_length(length: int) -> int:
     return next((step for step in LADDER if length <= step), -(-length // LADDER[-1]) * LADDER[-1])
 
 
-def by_length(lengths: Sequence[int], tokens: int = 1024) -> Iterator[tuple[Int64[np.ndarray, " B"], int]]:
-    """(row numbers, padded length) of batches that hold every row once, short rows first; -1 fills a batch.
+def row_counts(length: int, tokens: int) -> list[int]:
+    """The sizes of batches of rows padded to `length`: one row, a quarter of `tokens` at most, `tokens` or two rows."""
+    return sorted({1, max(1, tokens // 4 // length), max(2, tokens // length)})
 
-    A batch has about `tokens` tokens: a function of the length alone, so that a length has one shape.
+
+def by_length(
+    lengths: Sequence[int], tokens: int | None = None, streams: int | None = None
+) -> Iterator[tuple[Int64[np.ndarray, " B"], int]]:
+    """(row numbers, padded length) of batches that hold every row once, long rows first; -1 fills a batch.
+
+    Of all ways to cut the rows, in order of length, into batches of the sizes of `row_counts`, the one with the least
+    tokens, padding and PASS a batch included. Too few rows for a large batch in each of `streams` come in smaller ones.
     """
-    padded = np.array([padded_length(n) for n in lengths], np.int64)
-    for length in np.unique(padded):
-        rows, size = np.flatnonzero(padded == length), max(1, tokens // int(length))
-        for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            yield np.pad(some, (0, size - len(some)), constant_values=-1).astype(np.int64), int(length)
+    tokens, streams = tokens or batch_tokens(), streams or at_a_time()
+    order = np.argsort(lengths, kind="stable")[::-1].astype(np.int64)
+    padded = [padded_length(lengths[row]) for row in order]
+    large = sum(padded) >= streams * tokens
+    sizes = {length: row_counts(length, tokens)[: None if large else -1] for length in set(padded)}
+    # of the rows from a place on: the least tokens, and the size of the first batch
+    least, choice = [0] * (len(order) + 1), [0] * len(order)
+    for place in reversed(range(len(order))):
+        length = padded[place]
+        least[place], choice[place] = min(
+            (least[min(place + size, len(order))] + size * length + PASS, size) for size in sizes[length]
+        )
+    place = 0
+    while place < len(order):
+        rows = order[place : place + choice[place]]
+        yield np.pad(rows, (0, choice[place] - len(rows)), constant_values=-1), padded[place]
+        place += choice[place]
 
 
 def pad(
@@ -37,23 +73,50 @@ def pad(
     return out
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of parameters, then arrays [B, L], compiled; on a CPU a large batch is computed by one core alone.
+
+    Cores that share the small products of an encoder wait for each other; with a batch for each they do not. A batch of
+    one row or of few tokens, which may be all there is, has all cores.
+    """
+    shared = jax.jit(function)
+    if jax.default_backend() != "cpu":
+        return shared
+    alone = jax.jit(function, compiler_options={"xla_cpu_multi_thread_eigen": False})
+    return lambda params, ids, *more: (alone if len(ids) > 1 and ids.size > TOKENS // 4 else shared)(params, ids, *more)
+
+
+def run(function: Callable[..., Any], batches: Iterable[Any]) -> Iterator[Any]:
+    """What `function` makes of each batch, in their order, several at a time."""
+    batches = list(batches)
+    if len(batches) < 2:  # nothing to start threads for
+        yield from map(function, batches)
+        return
+    with ThreadPoolExecutor(min(len(batches), at_a_time())) as pool:
+        yield from pool.map(function, batches)
+
+
 def run_by_length(
     forward: Callable[..., jax.Array], columns: Sequence[tuple[Sequence[Sequence[int]], int]], most: int
 ) -> Iterator[tuple[Int64[np.ndarray, " n"], np.ndarray]]:
-    """(row numbers, what `forward` makes of those rows), short rows first, every row once.
+    """(row numbers, what `forward` makes of those rows), every row once.
 
     `columns`: for each argument of `forward` the rows and what pads them; all have the same lengths, at most `most`.
-    The shape a row is in depends on its length alone, so that its result does not depend on the others.
     """
-    waiting = []  # one batch runs while the next is put together
-    for numbers, length in by_length([len(row) for row in columns[0][0]]):
-        waiting.append((numbers, forward(*(pad(rows, numbers, min(length, most), fill) for rows, fill in columns))))
-        if len(waiting) > 1:
-            yield _real(*waiting.pop(0))
-    for each in waiting:
-        yield _real(*each)
+
+    def one(batch: tuple[np.ndarray, int]) -> tuple[np.ndarray, np.ndarray]:
+        numbers, length = batch
+        outputs = forward(*(pad(rows, numbers, min(length, most), fill) for rows, fill in columns))
+        return numbers[numbers >= 0], np.asarray(outputs)[numbers >= 0]
+
+    return run(one, by_length([len(row) for row in columns[0][0]]))
 
 
-def _real(numbers: np.ndarray, outputs: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Without the rows that only fill the batch."""
-    return numbers[numbers >= 0], np.asarray(outputs)[numbers >= 0]
+def warm_up(forward: Callable[..., Any], columns: int, most: int, longest: int | None) -> int:
+    """Runs `forward` on every shape that rows of up to `longest` tokens come in (None, and at most: `most`); returns
+    how many these are. No later call compiles."""
+    longest = padded_length(min(longest or most, most))
+    steps = [n for n in LADDER if n <= longest] + list(range(2 * LADDER[-1], longest + 1, LADDER[-1]))
+    shapes = {(rows, min(length, most)) for length in steps for rows in row_counts(length, batch_tokens())}
+    ones = ([np.ones(shape, np.int32)] * columns for shape in sorted(shapes))
+    return sum(1 for _ in run(lambda arrays: jax.block_until_ready(forward(*arrays)), ones))

@@ -1,16 +1,16 @@
 """A fine-tuned classifier as an object: texts in, labels with probabilities out."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from electrax.config import UserError
 from electrax.data.encoded import encode_pairs
 from electrax.data.tokenizer import Tokenizer
-from electrax.inference.batching import by_length, pad
+from electrax.inference.batching import compiled, run_by_length, warm_up
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
 
@@ -21,22 +21,23 @@ class Classifier:
     def __init__(self, params: Params, tokenizer: Tokenizer, task: ClassifyTask, max_length: int):
         self.params, self.tokenizer, self.task, self.max_length = params, tokenizer, task, max_length
         # each choice of a question comes as a row of its own
-        self._forward = jax.jit(
+        self._forward = compiled(
             lambda params, ids: task.logits(params, {"ids": ids[:, None] if task.kind == "choice" else ids})
         )
+        self._inputs = 1
+
+    def warm_up(self, longest: int | None = None) -> int:
+        """Compiles what rows of up to `longest` tokens (None: of any length) need, so that no later call does; returns
+        how many programs these are. Seconds for each, less where they are in JAX's compilation cache."""
+        return warm_up(functools.partial(self._forward, self.params), self._inputs, self.max_length, longest)
 
     def logits(self, rows: Sequence[tuple[str, ...]]) -> Float[np.ndarray, "N C"]:
         """The head's outputs for rows of one or two texts; of a pair that is too long the longer text is cut."""
         ids, _ = encode_pairs(self.tokenizer, rows, self.max_length)
         out = np.zeros((len(ids), self.task.outputs), np.float32)
-        waiting = []  # one batch runs while the next is put together
-        for numbers, length in by_length([len(row) for row in ids]):
-            batch = pad(ids, numbers, min(length, self.max_length), self.tokenizer.pad_id)
-            waiting.append((numbers, self._forward(self.params, batch)))
-            if len(waiting) > 1:
-                _collect(out, *waiting.pop(0))
-        for numbers, logits in waiting:
-            _collect(out, numbers, logits)
+        forward = functools.partial(self._forward, self.params)
+        for numbers, logits in run_by_length(forward, [(ids, self.tokenizer.pad_id)], self.max_length):
+            out[numbers] = logits
         return out
 
     def predict(self, texts: Sequence[str | tuple[str, ...]]) -> list[dict[str, Any]]:
@@ -46,7 +47,7 @@ class Classifier:
             raise UserError("predict: expected a list of texts, not one text")
         rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
         if self.task.kind == "choice":
-            return [self._choose(row) for row in rows]
+            return self._choose(rows)
         for row in rows:
             if not 1 <= len(row) <= 2:
                 raise UserError(f"predict: expected a text or a pair of texts, not {len(row)} texts")
@@ -67,18 +68,19 @@ class Classifier:
             "probabilities": dict(zip(self.task.classes, shares.tolist(), strict=True)),
         }
 
-    def _choose(self, row: tuple[str, ...]) -> dict[str, Any]:
-        if len(row) < 3:
-            raise UserError(f"predict: expected a context and at least two choices, not {len(row)} texts")
-        shares = _softmax(self.logits([(row[0], choice) for choice in row[1:]])[:, 0].astype(np.float64))
-        best = int(np.argmax(shares))
-        return {"choice": best, "probability": float(shares[best]), "probabilities": shares.tolist()}
+    def _choose(self, rows: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
+        for row in rows:
+            if len(row) < 3:
+                raise UserError(f"predict: expected a context and at least two choices, not {len(row)} texts")
+        logits = self.logits([(row[0], choice) for row in rows for choice in row[1:]])[:, 0].astype(np.float64)
+        ends = np.cumsum([len(row) - 1 for row in rows])
+        found = []
+        for shares in map(_softmax, np.split(logits, ends[:-1]) if rows else []):
+            best = int(np.argmax(shares))
+            found.append({"choice": best, "probability": float(shares[best]), "probabilities": shares.tolist()})
+        return found
 
 
 def _softmax(logits: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
-
-
-def _collect(out: np.ndarray, numbers: np.ndarray, logits: jax.Array) -> None:
-    out[numbers[numbers >= 0]] = np.asarray(logits)[numbers >= 0]

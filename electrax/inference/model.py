@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
-from electrax.inference.batching import pad, padded_length, run_by_length
+from electrax.inference.batching import compiled, pad, padded_length, run_by_length, warm_up
 from electrax.inference.template import TemplateClassifier
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
@@ -56,8 +56,8 @@ class PretrainedModel:
         self.generator, self.discriminator, self._detects = generator, discriminator, detects
         self._main = discriminator or generator  # the tower that reads texts
         tower = "generator" if discriminator is None else "discriminator"
-        self._encode = jax.jit(functools.partial(_encode, self._main, tower))
-        self._pool = jax.jit(functools.partial(_pool, self._main, tower), static_argnames="pooling")
+        self._encode = compiled(functools.partial(_encode, self._main, tower))
+        self._pool = {name: compiled(functools.partial(_pool, self._main, tower, name)) for name in POOLINGS}
         self._detect = jax.jit(functools.partial(_detect, discriminator))
         self._fill = jax.jit(functools.partial(_fill, generator))
 
@@ -71,23 +71,29 @@ class PretrainedModel:
         UserError, or cut with `truncate`.
         """
         rows = self._rows("encode", texts, truncate)
+        self._check_pooling(pooling)
         if pooling is not None:
             return self._pooled(rows, pooling)
         if not rows:
             raise UserError("encode: expected at least one text")
         out = np.zeros((len(rows), max(map(len, rows)), self._main.width), np.float32)
-        for numbers, hidden in self._run(self._encode, rows):
+        for numbers, hidden in self._run(None, rows):
             length = min(out.shape[1], hidden.shape[1])
             out[numbers, :length] = hidden[:, :length]
         return out
 
     def _pooled(self, rows: list[list[int]], pooling: str) -> Float[np.ndarray, "B D"]:
-        if pooling not in POOLINGS:
-            raise UserError(f"encode: expected the pooling {' or '.join(POOLINGS)}, not {pooling!r}")
         out = np.zeros((len(rows), self._main.width), np.float32)
-        for numbers, vectors in self._run(functools.partial(self._pool, pooling=pooling), rows):
+        for numbers, vectors in self._run(pooling, rows):
             out[numbers] = vectors
         return out
+
+    def warm_up(self, pooling: str | None = None, longest: int | None = None) -> int:
+        """Compiles what `encode` needs with this pooling for texts of up to `longest` tokens (None: of any length), so
+        that no later call does; returns how many programs these are. Seconds for each, less where they are in JAX's
+        compilation cache."""
+        self._check_pooling(pooling)
+        return warm_up(self._forward(pooling), 1, self.max_length, longest)
 
     def detect(self, text: str) -> list[Token]:
         """Each token of the text with the probability that it was replaced."""
@@ -137,6 +143,10 @@ class PretrainedModel:
         task = TemplateTask(self.discriminator, pad_id, sep_id, classes=tuple(labels))
         return TemplateClassifier(self.params, self.tokenizer, task, self.max_length, words, template).predict(texts)
 
+    def _check_pooling(self, pooling: str | None) -> None:
+        if pooling is not None and pooling not in POOLINGS:
+            raise UserError(f"encode: expected the pooling {' or '.join(POOLINGS)}, not {pooling!r}")
+
     def _check_detects(self, what: str) -> None:
         if self.discriminator is None:
             raise UserError(f"{what}: this model was trained with masked LM alone and has no discriminator")
@@ -150,9 +160,12 @@ class PretrainedModel:
             raise UserError(f"{what}: expected a list of texts, not one text")
         return [self._row(ids, truncate) for ids in self.tokenizer.encode_batch(list(texts))]
 
-    def _run(self, forward: Callable[..., jax.Array], rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        pad_id = self.tokenizer.pad_id
-        return run_by_length(lambda ids: forward(self.params, ids, pad_id), [(rows, pad_id)], self.max_length)
+    def _run(self, pooling: str | None, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return run_by_length(self._forward(pooling), [(rows, self.tokenizer.pad_id)], self.max_length)
+
+    def _forward(self, pooling: str | None) -> Callable[[np.ndarray], jax.Array]:
+        program = self._encode if pooling is None else self._pool[pooling]
+        return lambda ids: program(self.params, ids, self.tokenizer.pad_id)
 
     def _row(self, ids: list[int], truncate: bool = False) -> list[int]:
         room = self.max_length - 2
@@ -173,7 +186,7 @@ def _encode(config: EncoderConfig, tower: str, params: Params, ids, pad_id):
     return jnp.where((ids != pad_id)[..., None], hidden.astype(jnp.float32), 0.0)
 
 
-def _pool(config: EncoderConfig, tower: str, params: Params, ids, pad_id, pooling: str):
+def _pool(config: EncoderConfig, tower: str, pooling: str, params: Params, ids, pad_id):
     hidden = _encode(config, tower, params, ids, pad_id)
     if pooling == "cls":
         return hidden[:, 0]

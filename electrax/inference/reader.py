@@ -1,6 +1,7 @@
 """A fine-tuned model that answers questions from a context."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -12,12 +13,11 @@ import numpy as np
 from electrax.data.examples import QuestionExample
 from electrax.data.tokenizer import Tokenizer
 from electrax.data.windows import Windows, make_windows
-from electrax.inference.batching import by_length
+from electrax.inference.batching import by_length, compiled, run, warm_up
 from electrax.tasks.answer import AnswerTask
 from electrax.tasks.base import Params
 
 QUESTIONS = 64  # answered together
-TOKENS = 2048  # of a batch
 
 
 class Answer(NamedTuple):
@@ -48,7 +48,11 @@ class Reader:
     ):
         self.params, self.tokenizer, self.task = params, tokenizer, task
         self.max_length, self.doc_stride, self.max_query = max_length, doc_stride, max_query
-        self._beams = jax.jit(task.beams)
+        self._beams = compiled(task.beams)
+
+    def warm_up(self) -> int:
+        """Compiles what windows of any length need, so that no later call does; returns how many programs these are."""
+        return warm_up(functools.partial(self._beams, self.params), 1, self.max_length, None)
 
     def answer(self, question: str, context: str) -> Answer:
         """The answer, as a part of the context."""
@@ -67,9 +71,14 @@ class Reader:
     def _arrays(self, windows: Windows) -> dict[str, np.ndarray]:
         """The beams of all windows, in their order."""
         arrays: dict[str, np.ndarray] = {}
-        for numbers, length in by_length(windows.rows.lengths.tolist(), TOKENS):
-            batch = windows.rows.batch(numbers, min(length, self.max_length), {"ids": self.tokenizer.pad_id})
-            for name, values in jax.device_get(self._beams(self.params, batch["ids"])).items():
+
+        def one(batch: tuple[np.ndarray, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            numbers, length = batch
+            rows = windows.rows.batch(numbers, min(length, self.max_length), {"ids": self.tokenizer.pad_id})
+            return numbers, jax.device_get(self._beams(self.params, rows["ids"]))
+
+        for numbers, found in run(one, by_length(windows.rows.lengths.tolist())):
+            for name, values in found.items():
                 whole = arrays.setdefault(name, np.zeros((len(windows.rows), *values.shape[1:]), values.dtype))
                 whole[numbers[numbers >= 0]] = values[numbers >= 0]
         return arrays

@@ -1,16 +1,16 @@
 """A fine-tuned tagger as an object: words in, tags or spans out."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
 from electrax.data.words import encode_words, word_padding
-from electrax.inference.batching import by_length
+from electrax.inference.batching import by_length, compiled, run, warm_up
 from electrax.tasks.base import Params
 from electrax.tasks.tag import TagTask
 from electrax.tasks.tags import to_spans
@@ -36,7 +36,12 @@ class Tagger:
 
     def __init__(self, params: Params, tokenizer: Tokenizer, task: TagTask, max_length: int):
         self.params, self.tokenizer, self.task, self.max_length = params, tokenizer, task, max_length
-        self._forward = jax.jit(task.log_probs)
+        self._forward = compiled(task.log_probs)
+
+    def warm_up(self, longest: int | None = None) -> int:
+        """Compiles what sentences of up to `longest` tokens (None: of any length) need, so that no later call does;
+        returns how many programs these are."""
+        return warm_up(functools.partial(self._forward, self.params), 1, self.max_length, longest)
 
     def tag(self, words: Sequence[str]) -> list[TaggedWord]:
         """Every word with its tag."""
@@ -66,18 +71,14 @@ class Tagger:
         rows = encode_words(self.tokenizer, sentences, self.max_length)
         starts = np.cumsum([0, *map(len, sentences)])
         out = np.zeros((starts[-1], len(self.task.tags)), np.float32)
-        waiting = []  # one batch runs while the next is put together
-        for numbers, length in by_length(rows.lengths.tolist()):
+
+        def one(batch: tuple[np.ndarray, int]) -> tuple[np.ndarray, np.ndarray]:
+            numbers, length = batch
             # beyond max_length there are no positions
-            batch = rows.batch(numbers, min(length, self.max_length), word_padding(self.tokenizer.pad_id))
-            places = starts[batch["sentence"]][:, None] + batch["word"]
-            waiting.append((batch["word"] >= 0, places, self._forward(self.params, batch["ids"])))
-            if len(waiting) > 1:
-                _collect(out, *waiting.pop(0))
-        for each in waiting:
-            _collect(out, *each)
+            arrays = rows.batch(numbers, min(length, self.max_length), word_padding(self.tokenizer.pad_id))
+            at, places = arrays["word"] >= 0, starts[arrays["sentence"]][:, None] + arrays["word"]
+            return places[at], np.asarray(self._forward(self.params, arrays["ids"]))[at]
+
+        for places, found in run(one, by_length(rows.lengths.tolist())):
+            out[places] = found
         return np.split(out, starts[1:-1]) if sentences else []
-
-
-def _collect(out: np.ndarray, at: np.ndarray, places: np.ndarray, log_probs: jax.Array) -> None:
-    out[places[at]] = np.asarray(log_probs)[at]

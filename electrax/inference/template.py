@@ -38,6 +38,7 @@ class TemplateClassifier(Classifier):
         self.words, self.template = tuple(words), template
         # what is compiled does not depend on the classes
         self._forward = functools.partial(_originality, dataclasses.replace(task, classes=()))
+        self._inputs = 2
 
     def logits(self, rows: Sequence[tuple[str, ...]]) -> Float[np.ndarray, "N C"]:
         """How original each class's word looks with rows of one or two texts; long texts are cut, the template not."""

@@ -1,38 +1,78 @@
+import itertools
+import threading
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from electrax.inference.batching import by_length, pad, padded_length
+from electrax.inference.batching import (
+    LADDER,
+    PASS,
+    TOKENS,
+    by_length,
+    compiled,
+    pad,
+    padded_length,
+    row_counts,
+    run,
+    run_by_length,
+    warm_up,
+)
 
 
 @pytest.mark.parametrize(
     ("length", "padded"),
-    [(0, 8), (1, 8), (8, 8), (9, 16), (33, 48), (129, 192), (512, 512), (513, 1024), (1024, 1024), (1025, 1536)],
+    [(0, 8), (8, 8), (9, 16), (33, 40), (65, 80), (129, 160), (512, 512), (513, 1024), (1024, 1024), (1025, 1536)],
 )
 def test_a_length_is_padded_to_the_next_of_few(length, padded):
     assert padded_length(length) == padded
 
 
-def test_batches_hold_every_row_once_and_short_ones_first():
-    lengths = np.random.RandomState(0).randint(1, 700, 300).tolist()
+def test_a_length_has_three_sizes_of_batches():
+    found = {length: row_counts(length, 512) for length in (8, 64, 96, 128, 512, 1024)}
+    assert found == {8: [1, 16, 64], 64: [1, 2, 8], 96: [1, 5], 128: [1, 4], 512: [1, 2], 1024: [1, 2]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 300])
+def test_batches_hold_every_row_once_and_long_ones_first(count):
+    lengths = np.random.RandomState(count).randint(1, 700, count).tolist()
     seen, order = [], []
-    for numbers, length in by_length(lengths):
+    for numbers, length in by_length(lengths, 512, 2):
         real = numbers[numbers >= 0]
-        assert all(padded_length(lengths[number]) == length for number in real)
-        assert real.tolist() == sorted(real.tolist()) and len(real) > 0
+        assert len(real) > 0 and padded_length(max(lengths[number] for number in real)) == length
+        assert len(numbers) in row_counts(length, 512)
         seen += real.tolist()
-        order.append(length)
-    assert sorted(seen) == list(range(300)) and order == sorted(order)
+        order += [lengths[number] for number in real]
+    assert sorted(seen) == list(range(count)) and order == sorted(order, reverse=True)
 
 
-def test_a_length_has_one_shape_of_about_as_many_tokens_as_asked_for():
-    shapes = {length: len(numbers) for numbers, length in by_length([5, 600, 12, 20, 30, 6, 2000] * 20)}
-    assert shapes == {8: 128, 16: 64, 24: 42, 32: 32, 1024: 1, 2048: 1}
-    assert {length: len(numbers) for numbers, length in by_length([5, 12], tokens=16)} == {8: 2, 16: 1}
+def test_no_other_cut_costs_less():
+    """Of all cuts of few rows, by trying them."""
+    lengths = [120, 70, 64, 64, 30, 9, 8, 3, 3]
+    batches = list(by_length(lengths, 256, 1))
+    cost = sum(len(numbers) * length + PASS for numbers, length in batches)
+    costs = []
+    for sizes in itertools.product(range(3), repeat=len(lengths)):
+        place = total = 0
+        for size in sizes:
+            if place < len(lengths):
+                length = padded_length(lengths[place])
+                counts = row_counts(length, 256)
+                total += counts[min(size, len(counts) - 1)] * length + PASS
+                place += counts[min(size, len(counts) - 1)]
+        costs.append(total)
+    assert cost == min(costs)
 
 
-def test_the_last_batch_of_a_length_is_filled_with_minus_one():
-    found = [(numbers.tolist(), length) for numbers, length in by_length([8, 20, 3, 5], tokens=16)]
-    assert found == [([0, 2], 8), ([3, -1], 8), ([1], 24)]
+def test_rows_that_make_no_large_batch_for_each_stream_come_in_small_ones():
+    assert [len(numbers) for numbers, _ in by_length([64] * 16, 512, 2)] == [8, 8]
+    assert [len(numbers) for numbers, _ in by_length([64] * 16, 512, 3)] == [2] * 8
+    assert [len(numbers) for numbers, _ in by_length([64], 512, 2)] == [1]
+
+
+def test_most_of_the_tokens_of_many_rows_are_real():
+    lengths = np.random.RandomState(0).randint(20, 129, 512)
+    assert lengths.sum() > 0.92 * sum(len(numbers) * length for numbers, length in by_length(lengths.tolist(), 512, 2))
 
 
 def test_nothing_makes_no_batch():
@@ -42,3 +82,44 @@ def test_nothing_makes_no_batch():
 def test_rows_are_filled_up_and_minus_one_is_a_row_of_nothing_else():
     out = pad([[1, 2], [3], [4, 5, 6]], np.array([2, -1, 0]), 4, 9)
     assert out.tolist() == [[4, 5, 6, 9], [9, 9, 9, 9], [1, 2, 9, 9]] and out.dtype == np.int32
+
+
+def test_batches_run_beside_each_other_and_come_in_order(monkeypatch):
+    monkeypatch.setattr("electrax.inference.batching.at_a_time", lambda: 2)
+    both = threading.Barrier(2, timeout=60)
+    assert list(run(lambda x: (both.wait(), x)[1], range(6))) == list(range(6))
+
+
+def test_one_batch_runs_in_the_thread_that_asks():
+    assert list(run(lambda _: threading.current_thread(), [0])) == [threading.current_thread()]
+
+
+def test_what_fails_in_a_batch_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        list(run(lambda x: 1 // x, [1, 0, 1]))
+
+
+def test_a_large_batch_on_one_core_gives_what_all_cores_give():
+    function = lambda params, ids: jnp.tanh(params[ids] @ params.T)  # noqa: E731
+    params = jnp.asarray(np.random.RandomState(0).normal(size=(50, 32)), jnp.float32)
+    ids = np.random.RandomState(1).randint(0, 50, (TOKENS // 16, 16))
+    np.testing.assert_allclose(compiled(function)(params, ids), function(params, ids), atol=1e-6)
+
+
+@pytest.mark.parametrize(("most", "longest"), [(100, None), (20, None), (2000, 60), (1100, None)])
+def test_warming_up_meets_every_shape_that_rows_come_in(most, longest):
+    shapes, known = set(), []
+
+    def forward(ids):
+        known.append(ids.shape) if warming else shapes.add(ids.shape)
+        return jnp.zeros(len(ids))
+
+    warming = True
+    assert warm_up(forward, 1, most, longest) == len(known) == len(set(known))
+    warming = False
+    random = np.random.RandomState(0)
+    for count in (1, 2, 3, 5, 9, 30, 200, 1000):
+        for top in {min(most, longest or most), *LADDER[:3]}:
+            rows = [[1] * n for n in random.randint(0, min(top, most, longest or most) + 1, count)]
+            assert sum(len(numbers) for numbers, _ in run_by_length(forward, [(rows, 0)], most)) == count
+    assert shapes <= set(known)

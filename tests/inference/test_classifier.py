@@ -12,6 +12,7 @@ from electrax.inference.classifier import Classifier
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.classify import ClassifyTask
 from tests.fixtures.weights import random_params
+from tests.inference.compilations import compilations
 
 WORDS = "the cat dog sat ran on mat red and far".split()
 MAX_LENGTH = 12  # between two lengths that batches are padded to
@@ -94,6 +95,15 @@ def test_a_text_gets_the_same_prediction_alone_and_among_many(classifier):
         [alone] = classifier.predict([many[place]])
         assert together[place]["label"] == alone["label"]
         assert together[place]["probabilities"] == pytest.approx(alone["probabilities"], rel=1e-4)
+
+
+def test_after_warming_up_nothing_is_compiled(params, tokenizer, task):
+    fresh = Classifier(params, tokenizer, task, MAX_LENGTH)
+    assert fresh.warm_up() == 6  # rows of 8 and of 12 tokens in three sizes of batches each
+    with compilations() as found:
+        for texts in (TEXTS[:1], TEXTS, TEXTS * 60):
+            fresh.predict(texts)
+    assert not found
 
 
 def test_a_long_text_counts_as_its_beginning_and_of_a_long_pair_the_longer_is_cut(classifier):

@@ -11,8 +11,10 @@ from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.models.generator import Generator
 from electrax.models.masks import padding_mask
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
+from tests.inference.compilations import compilations
 
 LINES = ["the cat sat on the mat", "a dog ran under the red mat", "big cats, small dogs and one blue hat"] * 20
+WORDS = " ".join(LINES[:3]).split()
 LENGTH, WIDTH = 48, 16
 
 
@@ -129,6 +131,26 @@ def test_a_texts_vector_does_not_depend_on_the_others_nor_on_their_order(model):
         np.testing.assert_allclose(model.encode([MIXED[place]], "mean")[0], together[place], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("pooling", [None, "cls"])
+def test_after_warming_up_nothing_is_compiled(tokenizer, pooling):
+    model = make_model(tokenizer)
+    assert model.warm_up(pooling, longest=20) == 9  # padded to 8, 16 and 24 tokens in three sizes of batches each
+    texts = ["cat " * n for n in range(19)]
+    with compilations() as found:
+        for some in (["cat"], texts[:3], texts * 10, ["cat"] * 300):
+            model.encode(some, pooling)
+        assert not found
+        model.encode(["cat " * 46], pooling)
+    assert found
+
+
+def test_large_calls_in_several_threads_give_each_text_its_own_vectors(model):
+    texts = [" ".join(WORDS[i % 5 : i % 5 + 1 + i % 7] * (1 + i % 5)) for i in range(400)]
+    together = model.encode(texts, "mean")
+    for place in range(0, 400, 37):
+        np.testing.assert_allclose(model.encode([texts[place]], "mean")[0], together[place], atol=1e-6, rtol=0)
+
+
 def test_no_text_has_no_vector(model):
     assert model.encode([], "cls").shape == (0, WIDTH)
 
@@ -142,8 +164,9 @@ def test_pooling_refuses_a_text_that_is_too_long_or_cuts_it(model):
 
 
 def test_another_pooling_is_an_error(model):
-    with pytest.raises(UserError, match="encode: expected the pooling mean or cls, not 'max'"):
-        model.encode(["cat"], "max")
+    for ask in (model.warm_up, lambda pooling: model.encode(["cat"], pooling)):
+        with pytest.raises(UserError, match="encode: expected the pooling mean or cls, not 'max'"):
+            ask("max")
 
 
 def test_a_fine_tuned_encoder_encodes_as_the_pretrained_one_does(model):

@@ -16,6 +16,7 @@ from electrax.inference.reader import Reader
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.answer import AnswerTask
 from tests.fixtures.weights import random_params
+from tests.inference.compilations import compilations
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] who what sat ran the cat dog on mat red and far cafe 東 京 , . in".split()
 MAX_LENGTH, STRIDE, MAX_QUERY = 14, 4, 3
@@ -147,3 +148,12 @@ def test_a_trained_head_gives_the_answers_it_was_shown_with_their_characters(tok
         assert (id, found.text, found.start) == (example.id, answer.text, answer.start)
         assert found.end == answer.start + len(answer.text)
         assert found.probability > 0.8
+
+
+def test_after_warming_up_nothing_is_compiled(task, params, tokenizer):
+    fresh = Reader(params, tokenizer, task, MAX_LENGTH, STRIDE, MAX_QUERY)
+    assert fresh.warm_up() == 6  # windows of 8 and of 14 tokens in three sizes of batches each
+    with compilations() as found:
+        for questions in (QUESTIONS[:1], QUESTIONS * 30):
+            list(fresh.answer_batch(questions))
+    assert not found

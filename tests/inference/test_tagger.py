@@ -11,6 +11,7 @@ from electrax.inference.tagger import Entity, Tagger
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.tag import TagTask
 from tests.fixtures.weights import random_params
+from tests.inference.compilations import compilations
 
 LINES = ["the cat sat on the mat", "a dog ran under the red mat", "big cats, small dogs and one blue hat"] * 20
 MAX_LENGTH = 20  # between two lengths that batches are padded to
@@ -88,6 +89,16 @@ def test_the_tags_of_a_long_sentence_are_those_of_its_parts(tagger):
 def test_words_that_the_tokenizer_does_not_know_or_drops_get_a_tag(tagger):
     words = ["\U0001f600", "日本語", "", "\u200b", "cat", "x" * 400]
     assert [word.word for word in tagger.tag(words)] == words
+
+
+def test_after_warming_up_nothing_is_compiled(tagger, tokenizer):
+    fresh = Tagger(tagger.params, tokenizer, tagger.task, MAX_LENGTH)
+    assert fresh.warm_up(longest=8) == 3
+    fresh.warm_up()
+    with compilations() as found:
+        for sentences in ([WORDS], [WORDS[:n] for n in range(7)] * 50, [WORDS * 5]):
+            fresh.log_probs(sentences)
+    assert not found
 
 
 def test_nothing_gives_nothing(tagger):

@@ -12,6 +12,7 @@ from electrax.inference.template import TemplateClassifier
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.template import TemplateTask
 from tests.fixtures.weights import random_params
+from tests.inference.compilations import compilations
 
 WORDS = "the cat dog sat ran on mat red and far it was good bad very so .".split()
 MAX_LENGTH = 16
@@ -80,6 +81,14 @@ def test_other_classes_and_words_need_no_compilation(classifier, tokenizer, task
     other = TemplateClassifier(classifier.params, tokenizer, few, MAX_LENGTH, ("so so", "good"), TEMPLATE)
     np.testing.assert_allclose(other.logits([("the cat sat",)]), found[:, 1:], atol=1e-6)
     assert template._originality._cache_size() == compiled
+
+
+def test_after_warming_up_nothing_is_compiled(classifier):
+    assert classifier.warm_up() == 6  # rows of 8 and of 16 tokens in three sizes of batches each
+    with compilations() as found:
+        for texts in (TEXTS[:1], TEXTS * 40):
+            classifier.predict(texts)
+    assert not found
 
 
 def test_bad_labels_and_templates_are_refused_at_once(classifier, tokenizer, task):
