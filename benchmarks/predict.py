@@ -87,16 +87,21 @@ def electrax_predict(task: ClassifyTask, params: Params, tokenizer: Tokenizer) -
     return lambda rows: classifier.predict(rows)
 
 
+def transformers_tokenizer(tokenizer: Tokenizer):
+    """Transformers' own of the same vocabulary."""
+    from transformers import BertTokenizer
+
+    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=LONGEST)
+
+
 def torch_predict(task: ClassifyTask, params: Params, tokenizer: Tokenizer) -> Predict:
     """As one writes it with Transformers: its fast tokenizer with padding, the model without gradients."""
     import torch
-    from transformers import BertTokenizer
 
     from benchmarks.transformers_weights import torch_classifier
 
-    model = torch_classifier(task.encoder, params)
-    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
-    fast = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=LONGEST)
+    model, fast = torch_classifier(task.encoder, params), transformers_tokenizer(tokenizer)
 
     def predict(rows: Sequence[Row]) -> list[dict]:
         found: list[dict] = []

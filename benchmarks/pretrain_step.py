@@ -2,73 +2,119 @@
 
     python -m benchmarks.pretrain_step [--size small] [--batch 16 32] [--length 128] [--rounds 7]
 
-Both: float32, dropout 0.1, 15 % dynamic masking in the step, vocabulary at the masked positions only, Gumbel sampling,
-losses 1 and 50, clipping, AdamW. Ratios are electrax / PyTorch of the same round (below 1 is faster).
+Both: float32, dropout 0.1, 15 % dynamic masking in the step, vocabulary at the masked positions only, replacements
+sampled from the generator, losses 1 and 50, clipping, AdamW. Ratios are electrax / PyTorch of the same round (below 1
+is faster).
 """
 
 import argparse
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.report import environment, spread, write
-from electrax.data.rows import Special
-from electrax.models.flops import peak_flops, pretraining_step
-from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
+from benchmarks.report import alternate, environment, ratios, shown, spread, versions, write
+from electrax.config import build, merge, parse_overrides
+from electrax.data.batches import train_rows
+from electrax.experiment.config import PretrainConfig
+from electrax.experiment.pretrain import make_feed, make_task
+from electrax.models.flops import peak_flops
+from electrax.models.sizes import discriminator_shape, generator_shape
+from electrax.tasks.base import Batch
 from electrax.tasks.corruption import slot_count
-from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
-from electrax.training.optim import OptimizerConfig, make_optimizer
-from electrax.training.sharding import MeshConfig, make_mesh, put_batch
+from electrax.training.optim import make_optimizer
+from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step
 
 VOCABULARY = 30522
-SPECIAL = Special(pad=0, cls=101, sep=102)
-MASK = 103
+SPECIAL = {"pad": 0, "cls": 101, "sep": 102, "mask": 103}
+ROWS = 4096  # of the random corpus
 
 
-def random_rows(batch: int, length: int) -> np.ndarray:
-    """Full rows [CLS] tokens [SEP] of random ordinary tokens."""
-    rows = np.random.default_rng(0).integers(1000, VOCABULARY, (batch, length)).astype(np.int32)
-    rows[:, 0], rows[:, -1] = SPECIAL.cls, SPECIAL.sep
-    return rows
+def step_config(size: str, batch: int, length: int, *words: str) -> PretrainConfig:
+    """The config of a step: the defaults, these numbers, and over them words as `electrax pretrain` takes them."""
+    low = {
+        "workdir": "unused",
+        "steps": 1000,
+        "batch_size": batch,
+        "model": {"size": size},
+        "data": {"max_length": length, "layout": "segments"},
+    }
+    return build(PretrainConfig, merge(low, parse_overrides(words)), "benchmark")
 
 
-def electrax_step(size: str, batch: int, length: int, microbatch: int):
+class RandomCorpus:
+    """Full rows [CLS] tokens [SEP] of random ordinary tokens, read as a prepared corpus is."""
+
+    def __init__(self, length: int):
+        self._rows = np.random.default_rng(0).integers(1000, VOCABULARY, (ROWS, length)).astype(np.uint16)
+        self._rows[:, 0], self._rows[:, -1] = SPECIAL["cls"], SPECIAL["sep"]
+        self.manifest = SimpleNamespace(max_length=length, dtype=self._rows.dtype)
+
+    def size(self, split: str) -> int:
+        return len(self._rows)
+
+    def rows(self, split: str, indices: np.ndarray) -> np.ndarray:
+        return self._rows[indices]
+
+
+class Training:
+    """A pretraining of electrax on random rows: its state, and one call of the step after the other."""
+
+    def __init__(self, config: PretrainConfig):
+        corpus, mesh = RandomCorpus(config.data.max_length), make_mesh(MeshConfig(), jax.devices()[:1])
+        task = make_task(config, VOCABULARY, SPECIAL, corpus)
+        optimizer, rows = make_optimizer(config.optimizer, config.steps), task.train_batch(0)
+        abstract = abstract_state(task, optimizer, rows, mesh)
+        microbatch = choose_microbatch(
+            config.optimizer.microbatch, config.batch_size, config.data.max_length, jax.default_backend()
+        )
+        self.state = fresh_state(task, optimizer, rows, abstract, config.seed)
+        self.flops = task.flops(config.batch_size, config.data.max_length)
+        self.steps_a_call = config.steps_per_dispatch
+        self._step = make_step(task, optimizer, abstract, mesh, microbatch, config.seed)
+        self._feed, self._done = make_feed(config, task, corpus, mesh), 0
+
+    def compiled(self) -> jax.stages.Compiled:
+        return self._step.compiled(self.state, self._rows(), several=self.steps_a_call > 1)
+
+    def start(self) -> jax.Array:
+        """Reads rows and starts the steps of a call; the last one's loss, which may not be known yet."""
+        take = self._step if self.steps_a_call == 1 else self._step.several
+        self.state, loss, _ = take(self.state, self._rows())
+        self._done += self.steps_a_call
+        return loss if self.steps_a_call == 1 else loss[-1]
+
+    def _rows(self) -> Batch:
+        return self._feed(self._done, self.steps_a_call)
+
+
+def electrax_step(size: str, batch: int, length: int, microbatch: int) -> tuple[Callable[[], float], float]:
     """A function that runs one step and returns the loss, and the FLOPs of the step."""
-    model = ModelConfig(size=size)
-    discriminator = discriminator_shape(model, VOCABULARY)
-    generator = generator_shape(model, GeneratorConfig(), discriminator)
-    special = SpecialIds(SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, MASK)
-    task = PretrainTask(ObjectiveConfig(), discriminator, generator, special, layout="segments")
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer = make_optimizer(OptimizerConfig(), 1000)
-    rows = {"ids": random_rows(batch, length)}
-    abstract = abstract_state(task, optimizer, rows, mesh)
-    state = fresh_state(task, optimizer, rows, abstract, seed=0)
-    microbatch = choose_microbatch(microbatch, batch, length, jax.default_backend())
-    step = make_step(task, optimizer, abstract, mesh, microbatch, seed=0)
-
-    def run() -> float:
-        nonlocal state
-        state, loss, _ = step(state, put_batch(rows, mesh))
-        return float(loss)
-
-    slots = slot_count(length, 0.15)
-    return run, pretraining_step(generator, discriminator, batch, length, slots)
+    training = Training(step_config(size, batch, length, f"--optimizer.microbatch={microbatch}"))
+    return lambda: float(training.start()), training.flops
 
 
-def torch_step(size: str, batch: int, length: int):
-    """The step a competent PyTorch user writes with Transformers: shared embeddings, masked positions gathered."""
+def torch_step(
+    config: PretrainConfig, device: str = "cpu", autocast: bool = False, compile_mode: str = ""
+) -> Callable[[], Any]:
+    """The step a competent PyTorch user writes with Transformers: shared embeddings, masked positions gathered. Of the
+    function that is returned each call starts a step and gives the loss.
+
+    `autocast` computes in bfloat16; `compile_mode` is torch.compile's ("": eager).
+    """
     import torch
     from torch.nn import functional
     from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
     torch.manual_seed(0)
-    shape = discriminator_shape(ModelConfig(size=size), VOCABULARY)
-    small = generator_shape(ModelConfig(size=size), GeneratorConfig(), shape)
+    torch.set_float32_matmul_precision("high")  # TensorFloat32 where autocast leaves a product in float32
+    shape = discriminator_shape(config.model, VOCABULARY)
+    small = generator_shape(config.model, config.generator, shape)
 
-    def config(c):
+    def torch_config(c):
         return ElectraConfig(
             vocab_size=VOCABULARY,
             embedding_size=c.embedding_width,
@@ -76,26 +122,29 @@ def torch_step(size: str, batch: int, length: int):
             num_hidden_layers=c.layers,
             num_attention_heads=c.heads,
             intermediate_size=c.feed_forward,
+            hidden_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.attention_dropout,
             attn_implementation="sdpa",
         )
 
-    discriminator, generator = ElectraForPreTraining(config(shape)), ElectraForMaskedLM(config(small))
+    discriminator, generator = ElectraForPreTraining(torch_config(shape)), ElectraForMaskedLM(torch_config(small))
     generator.electra.embeddings = discriminator.electra.embeddings
     generator.generator_lm_head.weight = discriminator.electra.embeddings.word_embeddings.weight
+    generator.to(device).train(), discriminator.to(device).train()
     parameters = list({id(p): p for m in (generator, discriminator) for p in m.parameters()}.values())
-    optimizer = torch.optim.AdamW(parameters, lr=5e-4, eps=1e-6, weight_decay=0.01)
-    ids = torch.from_numpy(random_rows(batch, length)).long()
-    attention = torch.ones_like(ids)
-    slots = slot_count(length, 0.15)
-    generator.train(), discriminator.train()
+    fused = device != "cpu"
+    optimizer = torch.optim.AdamW(parameters, lr=5e-4, eps=1e-6, weight_decay=0.01, fused=fused)
+    batch, length = config.batch_size, config.data.max_length
+    corpus, slots, done = RandomCorpus(length), slot_count(length, config.objective.mask_prob), 0
+    attention = torch.ones((batch, length), dtype=torch.long, device=device)
 
-    def run() -> float:
-        noise = torch.rand(ids.shape)
+    def compute(ids):
+        noise = torch.rand(ids.shape, device=device)
         noise[:, 0] = noise[:, -1] = -1.0
         positions = noise.topk(slots, dim=1).indices
-        hidden = torch.rand(positions.shape) >= 0.15
+        hidden = torch.rand(positions.shape, device=device) >= 0.15
         original = ids.gather(1, positions)
-        masked = ids.scatter(1, positions, torch.where(hidden, MASK, original))
+        masked = ids.scatter(1, positions, torch.where(hidden, SPECIAL["mask"], original))
         states = generator.electra(masked, attention_mask=attention)[0]
         states = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
         logits = generator.generator_lm_head(generator.generator_predictions(states))
@@ -106,14 +155,27 @@ def torch_step(size: str, batch: int, length: int):
             corrupted = ids.scatter(1, positions, sampled)
             replaced = (corrupted != ids).float()
         scores = discriminator(corrupted, attention_mask=attention).logits
-        loss = generator_loss + 50.0 * functional.binary_cross_entropy_with_logits(scores, replaced)
+        return generator_loss + 50.0 * functional.binary_cross_entropy_with_logits(scores, replaced)
+
+    if compile_mode:
+        compute = torch.compile(compute, mode=compile_mode)
+
+    def start_step():
+        nonlocal done
+        rows = corpus.rows("train", train_rows(done, batch, corpus.size("train"), config.seed))
+        ids = torch.from_numpy(rows.astype(np.int64))
+        if device != "cpu":
+            ids = ids.pin_memory().to(device, non_blocking=True)
+        with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=autocast):
+            loss = compute(ids)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return float(loss.detach())
+        done += 1
+        return loss.detach()
 
-    return run
+    return start_step
 
 
 def main() -> None:
@@ -128,16 +190,12 @@ def main() -> None:
     rows = []
     for batch in options.batch:
         ours, flops = electrax_step(options.size, batch, options.length, options.microbatch)
-        theirs = torch_step(options.size, batch, options.length)
-        contestants = {"electrax": ours, "torch": theirs}
-        losses = {name: [run() for _ in range(2)][0] for name, run in contestants.items()}  # warm-up and compilation
-        seconds = {name: [] for name in contestants}
-        for _ in range(options.rounds):
-            for name, run in contestants.items():
-                start = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - start)
-        ratio = spread([a / b for a, b in zip(seconds["electrax"], seconds["torch"], strict=True)])
+        theirs = torch_step(step_config(options.size, batch, options.length))
+        contestants = {"electrax": ours, "torch": lambda t=theirs: float(t())}
+        losses = {name: run() for name, run in contestants.items()}  # compiles
+        alternate(contestants, 1)  # warms up
+        seconds = alternate(contestants, options.rounds)
+        ratio = ratios(seconds, "electrax", "torch")
         row = {"batch": batch, "length": options.length, "ratio": ratio, "first_loss": losses, "flops": flops}
         for name, values in seconds.items():
             row[name] = {"seconds": spread(values), "share_of_gemm_rate": flops / float(np.median(values)) / peak}
@@ -146,14 +204,11 @@ def main() -> None:
             f"{options.size} {batch} x {options.length}: electrax {row['electrax']['seconds']['median']:.3f} s "
             f"({row['electrax']['share_of_gemm_rate']:.0%} of the GEMM rate), torch "
             f"{row['torch']['seconds']['median']:.3f} s ({row['torch']['share_of_gemm_rate']:.0%}); ratio "
-            f"{ratio['median']:.3f} [{ratio['min']:.3f}, {ratio['max']:.3f}]",
+            f"{shown(ratio, 3)}",
             flush=True,
         )
-    import torch
-    import transformers
-
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write("pretrain_step.json", environment(versions) | {"gemm_flops_per_second": peak, "rows": rows})
+    results = {"gemm_flops_per_second": peak, "rows": rows}
+    write("pretrain_step.json", environment(versions("torch", "transformers")) | results)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,21 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "p10": p10, "p90": p90}
 
 
+def ratios(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> dict[str, float]:
+    """The spread of one contestant's times as a share of another's in the same rounds."""
+    return spread([a / b for a, b in zip(seconds[name], seconds[base], strict=True)])
+
+
+def shown(values: Mapping[str, float], digits: int = 2) -> str:
+    """A spread as "median [least, greatest]"."""
+    return f"{values['median']:.{digits}f} [{values['min']:.{digits}f}, {values['max']:.{digits}f}]"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages, which need not be imported."""
+    return {name: version(name) for name in packages}
+
+
 def environment(versions: dict[str, str] | None = None) -> dict:
     """Device, versions, date and command."""
     import jax
