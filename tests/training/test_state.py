@@ -1,3 +1,4 @@
+import ctypes
 import logging
 
 import jax
@@ -11,7 +12,7 @@ from electrax.tasks.base import Mean
 from electrax.tasks.pretrain import PretrainTask
 from electrax.training.feed import host_feed
 from electrax.training.sharding import put_batch
-from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step, split_rows
+from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step, return_memory, split_rows
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,22 @@ def test_each_step_of_each_seed_is_drawn_anew(tiny):
     assert losses[0] != losses[1]
     assert float(step_again(again, same)[1]) == losses[0]
     assert float(step_other(other, same)[1]) != losses[0]
+
+
+def test_what_the_compiler_freed_goes_back_to_the_system_once_for_each_program(tiny, monkeypatch):
+    returned = []
+    monkeypatch.setattr("electrax.training.state.return_memory", lambda: returned.append(1))
+    state, step, _ = tiny.start(tiny.task(), tiny.mesh())
+    for number in range(2):
+        state, _, _ = step(state, put_batch(tiny.batch(tiny.task(), number), tiny.mesh()))
+    assert returned == [1]
+
+
+@pytest.mark.parametrize("library", ["libc.so.6", "no such library"])
+def test_memory_is_returned_where_the_c_library_can_and_otherwise_kept(monkeypatch, library):
+    load = ctypes.CDLL
+    monkeypatch.setattr("ctypes.CDLL", lambda name: load(library))
+    return_memory()
 
 
 def test_the_second_step_compiles_and_traces_nothing(tiny, caplog):
