@@ -2,8 +2,8 @@
 
 import os
 
-# On a CPU none of the candidates of benchmarks/xla_flags.py won. On a GPU the scheduler that lets the exchange of
-# gradients overlap with computing is what NVIDIA ships with JAX; every build of XLA knows the flag.
+# The scheduler that lets the exchange of gradients overlap with computing is what NVIDIA ships with JAX. Every build of
+# XLA knows the flag. None is set for a CPU: benchmarks/xla_flags.py is there to find one that pays.
 FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
 
 
