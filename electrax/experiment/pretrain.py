@@ -150,7 +150,7 @@ def make_feed(config: PretrainConfig, task: PretrainTask, corpus: Corpus, mesh: 
     size = corpus.size("train") * manifest.max_length * np.dtype(manifest.dtype).itemsize
     fits = fits_device(size, mesh.devices.flat[0])
     if config.rows_on_device == "never" or (config.rows_on_device == "auto" and not fits):
-        return host_feed(task, mesh)
+        return host_feed(task.train_batch, task.batch_size, mesh)
     return resident_feed(
         corpus.rows("train", np.arange(corpus.size("train"))), task.train_numbers, task.batch_size, mesh
     )

@@ -150,7 +150,7 @@ def assemble(
         start=start,
         state=state,
         step_function=make_step(task, optimizer, abstract, mesh, config.optimizer.microbatch, config.seed),
-        feed=feed or host_feed(task, mesh),
+        feed=feed or host_feed(task.train_batch, task.batch_size, mesh),
         evaluate=make_evaluate(task, mesh),
         checkpoints=checkpoints,
         flops_per_step=flops_per_step,

@@ -9,21 +9,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int64, Shaped
 
-from electrax.tasks.base import Batch, Task
+from electrax.tasks.base import Batch
 from electrax.training.sharding import batch_sharding, local_rows, put_batch
 
 Feed = Callable[[int, int], Batch]  # (step, n) -> the batch of that step, or with n > 1 of n steps, stacked
 RESIDENT_SHARE = 0.1  # of an accelerator's memory that rows may take
 
 
-def host_feed(task: Task, mesh: Mesh) -> Feed:
-    """Batches as the task reads them."""
-    rows = local_rows(task.batch_size)
+def host_feed(read: Callable[[int, slice], Batch], batch_size: int, mesh: Mesh) -> Feed:
+    """Batches as a task's `train_batch` reads them."""
+    rows = local_rows(batch_size)
 
     def feed(step: int, count: int) -> Batch:
         if count == 1:
-            return put_batch(task.train_batch(step, rows), mesh)
-        batches = [task.train_batch(number, rows) for number in range(step, step + count)]
+            return put_batch(read(step, rows), mesh)
+        batches = [read(number, rows) for number in range(step, step + count)]
         return put_batch(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), mesh, leading=1)
 
     return feed

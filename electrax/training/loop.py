@@ -63,10 +63,8 @@ def train(
     just started. After `patience` evaluations without a better score (0: never) training ends. Raises NonFiniteLoss,
     or Interrupted once `stop()` is true.
 
-    `feed` gives the batch of a step, or of as many steps, stacked, as `steps_per_dispatch` says; these are taken in one
-    call, `step_function.several`, where nothing is due between them.
-
-    Without `step_function` every step is yielded as a Request, and what it gives must be sent, as `lockstep` does.
+    `feed` gives the batch of a step, or of `steps_per_dispatch` steps, stacked, which `step_function.several` takes in
+    one call. Without `step_function` every step is yielded as a Request and its result must be sent, as by `lockstep`.
     """
     start = step = int(state.step)
     saved = start if start in checkpoints.steps() else -1
@@ -94,21 +92,25 @@ def train(
             raise Interrupted(step)
         if last:
             return
-        # before the step: on a CPU it is over when the call returns
-        finished = window.finished()
+        finished = window.finished()  # before the step: on a CPU it is over when the call returns
+        count = 1
         if step_function is None:
-            count = 1
             state, loss, metrics = yield Request(step, state, feed(step, 1))
             window.start()
         else:
-            due = min(steps, *((step // every + 1) * every for every in (eval_every, save_every, log_every)))
-            count = steps_per_dispatch if step + steps_per_dispatch <= due else 1
+            count = _together(step, steps_per_dispatch, steps, (eval_every, save_every, log_every))
             take = step_function if count == 1 else step_function.several
             state, loss, metrics = take(state, feed(step, count))
         if step % log_every == 0:
             yield from window.close(step, finished)
         window.add(loss, metrics)
         step += count
+
+
+def _together(step: int, wanted: int, steps: int, intervals: tuple[int, ...]) -> int:
+    """How many steps to take in one call: all that are wanted if nothing is due between them, else one."""
+    due = min(steps, *((step // every + 1) * every for every in intervals))
+    return wanted if step + wanted <= due else 1
 
 
 class _Window:

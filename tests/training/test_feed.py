@@ -9,24 +9,12 @@ from electrax.training.sharding import MeshConfig, make_mesh
 TABLE = np.arange(10 * 3, dtype=np.uint16).reshape(10, 3)  # row r holds 3r, 3r + 1, 3r + 2
 
 
-class Rows:
-    """Four rows of the table a step."""
+def numbers(step):
+    return train_rows(step, 4, len(TABLE), seed=1)
 
-    batch_size = 4
 
-    def numbers(self, step):
-        return train_rows(step, 4, len(TABLE), seed=1)
-
-    def train_batch(self, step, rows):
-        return {"ids": TABLE[self.numbers(step)[rows]]}
-
-    def score(self, figures): ...
-    def init(self, key, batch): ...
-    def prepare(self, batch, keys): ...
-    def loss(self, params, prepared): ...
-    def evaluate(self, params, prepared): ...
-    def summarize(self, means, arrays): ...
-    def eval_batches(self, rows): ...
+def read(step, rows):
+    return {"ids": TABLE[numbers(step)[rows]]}
 
 
 def mesh_of(devices):
@@ -36,14 +24,14 @@ def mesh_of(devices):
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("count", [1, 3])  # steps 1 to 3 pass into the next epoch
 def test_rows_on_the_device_make_the_batches_of_the_host(devices, count):
-    task, mesh = Rows(), mesh_of(devices)
-    read = host_feed(task, mesh)(1, count)["ids"]
-    gathered = resident_feed(TABLE, task.numbers, 4, mesh)(1, count)["ids"]
-    expected = TABLE[np.stack([task.numbers(step) for step in range(1, 1 + count)])]
-    np.testing.assert_array_equal(read, expected[0] if count == 1 else expected)
-    np.testing.assert_array_equal(gathered, read)
-    assert gathered.dtype == read.dtype == np.uint16
-    assert gathered.sharding.is_equivalent_to(read.sharding, read.ndim)
+    mesh = mesh_of(devices)
+    from_host = host_feed(read, 4, mesh)(1, count)["ids"]
+    gathered = resident_feed(TABLE, numbers, 4, mesh)(1, count)["ids"]
+    expected = TABLE[np.stack([numbers(step) for step in range(1, 1 + count)])]
+    np.testing.assert_array_equal(from_host, expected[0] if count == 1 else expected)
+    np.testing.assert_array_equal(gathered, from_host)
+    assert gathered.dtype == from_host.dtype == np.uint16
+    assert gathered.sharding.is_equivalent_to(from_host.sharding, from_host.ndim)
 
 
 class Device:

@@ -110,7 +110,7 @@ class Fake:
             self,
             self.evaluate,
             self.checkpoints,
-            host_feed(task, MESH),
+            host_feed(task.train_batch, task.batch_size, MESH),
             steps=steps,
             stop=stop,
             steps_per_dispatch=dispatch,
