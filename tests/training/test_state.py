@@ -118,7 +118,8 @@ def test_what_the_compiler_freed_goes_back_to_the_system_once_for_each_program(t
 
 
 def test_memory_is_returned_where_the_c_library_can_and_otherwise_kept(monkeypatch):
-    trimmed, glibc = [], types.SimpleNamespace(malloc_trim=trimmed.append)
+    trimmed = []
+    glibc = types.SimpleNamespace(malloc_trim=trimmed.append)
     for library in (glibc, types.SimpleNamespace(), OSError("no such library")):
         monkeypatch.setattr("ctypes.CDLL", unittest.mock.Mock(side_effect=[library]))
         return_memory()
