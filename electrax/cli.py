@@ -1,6 +1,7 @@
 """argv and environment end here: `electrax COMMAND …`."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -21,7 +22,14 @@ USAGE = """usage: electrax COMMAND …
   convert   FROM TO [--key value …]              Hugging Face or TensorFlow to electrax, electrax to Hugging Face
   export    MODEL OUT [--format …]               a trained model as StableHLO, ONNX or safetensors
 
-electrax COMMAND --help shows every option. --debug (anywhere) shows the traceback of an error."""
+electrax COMMAND --help shows every option. --debug (anywhere) shows the traceback of an error.
+
+Several processes can be one pretrain, finetune or evaluate. Under SLURM, Open MPI and on TPU VMs they find each other;
+elsewhere each is started with --coordinator HOST:PORT --num_processes N --process_id I (or JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES, JAX_PROCESS_ID). --heartbeat_seconds 100: after so long a process that has died ends the others."""
+
+
+TRAINING = ("pretrain", "finetune", "evaluate")  # commands that several processes may run together
 
 
 def main() -> None:
@@ -64,7 +72,30 @@ def run(arguments: Sequence[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
         raise UserError(f"{name}: no such command; expected one of {', '.join(commands)}")
-    return commands[name](rest)
+    return commands[name](_join_others(rest) if name in TRAINING else rest)
+
+
+def _join_others(arguments: Sequence[str]) -> list[str]:
+    """Makes this process one of several where the arguments or the surroundings say so; the other arguments."""
+    if {"-h", "--help"} & set(arguments):
+        return list(arguments)
+    from electrax.config import build, parse_overrides
+    from electrax.training.processes import ProcessConfig, is_first, join
+
+    names = {f"--{field.name}" for field in dataclasses.fields(ProcessConfig)}
+    own, rest, left = [], [], list(arguments)
+    while left:
+        word = left.pop(0)
+        if word.partition("=")[0] not in names:
+            rest.append(word)
+            continue
+        own += [word] if "=" in word or not left else [word, left.pop(0)]
+    if join(build(ProcessConfig, parse_overrides(own), "command line")) and not is_first():
+        from electrax.report.common import console
+
+        console.quiet = True
+        logging.getLogger("electrax").setLevel(logging.ERROR)
+    return rest
 
 
 def _positional(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

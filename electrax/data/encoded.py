@@ -93,10 +93,10 @@ class RowBatches:
         for rows, length in self.buckets.eval_rows():
             yield self.rows.batch(rows[part], length, self.fill), rows[part]
 
-    def longest(self, part: slice) -> dict[str, np.ndarray]:
+    def longest(self) -> dict[str, np.ndarray]:
         """A batch of the largest shape."""
         rows = np.resize(np.argsort(-self.rows.lengths, kind="stable"), self.buckets.batch_size)
-        return self.rows.batch(rows.astype(np.int64)[part], int(self.buckets.buckets[-1]), self.fill)
+        return self.rows.batch(rows.astype(np.int64), int(self.buckets.buckets[-1]), self.fill)
 
 
 def encode_pairs(

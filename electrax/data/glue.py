@@ -82,6 +82,7 @@ def write_leaderboard(
         if task.classes and prediction not in task.classes:
             raise ValueError(f"{task.title}: expected one of {', '.join(task.classes)}, found {prediction!r}")
         lines.append(f"{index}\t{prediction if task.classes else format(prediction, '.3f')}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), "\n".join(lines) + "\n")
 
 

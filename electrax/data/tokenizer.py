@@ -1,6 +1,7 @@
 """Text <-> token ids, over the `tokenizers` and `sentencepiece` libraries."""
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -101,9 +102,11 @@ class Tokenizer:
         raise UserError(f"tokenizer: expected one of {', '.join(KINDS)} or a path, not {kind!r}")
 
     def save(self, directory: str | Path) -> Path:
-        """Write tokenizer.json or tokenizer.model into `directory`; returns the file."""
+        """Write tokenizer.json or tokenizer.model into `directory`, all or nothing; returns the file."""
         path = Path(directory) / (SENTENCEPIECE_FILE if self._sentencepiece else HUGGING_FACE_FILE)
-        path.write_bytes(self._serialized)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_bytes(self._serialized)
+        os.replace(partial, path)
         return path
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

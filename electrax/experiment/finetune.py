@@ -29,7 +29,6 @@ from electrax.experiment.run import (
     keep_config,
     load_params,
     mesh_for,
-    own_rows,
 )
 from electrax.experiment.start import same_shapes, shared_tokens, start_of, taken_embeddings
 from electrax.inference.classifier import Classifier
@@ -45,6 +44,7 @@ from electrax.tasks.finetune import FinetuneTask
 from electrax.tasks.tag import TagTask
 from electrax.tasks.template import TemplateTask
 from electrax.training.evaluate import make_evaluate
+from electrax.training.processes import agreed, together
 from electrax.training.tracking import Record
 
 # the paper's (tables 7 and 8): learning rate, layer-wise decay
@@ -114,6 +114,13 @@ def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokeni
         return Tokenizer.load(start_of(config.init_from))
     if holds_run(config.workdir):
         return Tokenizer.load(config.workdir)
+    # trained in one process: training it twice may give two vocabularies
+    agreed(lambda: str(train_tokenizer(config, examples).save(config.workdir)))
+    return Tokenizer.load(config.workdir)
+
+
+def train_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokenizer:
+    data = config.data
     return Tokenizer.train(data.tokenizer, texts_of(examples), data.vocab_size, data.lowercase)
 
 
@@ -214,7 +221,7 @@ def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
 def keep_threshold(workdir: str | os.PathLike, threshold: float) -> None:
     """Stores the null threshold that was best on the dev questions with the model."""
     head = read_head(workdir) | {"null_threshold": threshold}
-    write_atomically(pathlib.Path(workdir) / HEAD_FILE, json.dumps(head, indent=1) + "\n")
+    agreed(write_atomically, pathlib.Path(workdir) / HEAD_FILE, json.dumps(head, indent=1) + "\n")
 
 
 def same_outputs(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -250,14 +257,15 @@ def make_rows(
 
 def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     """Reads and checks all rows and everything else before step 0."""
-    config = resolve(config)
-    mesh = mesh_for(config)
-    examples = read_examples(config.data, config.head.kind)
-    tokenizer = get_tokenizer(config, examples[0])
-    rows = make_rows(config, tokenizer, examples)
-    task = make_task(config, tokenizer, rows.head, rows)
+    with together():
+        config = resolve(config)
+        mesh = mesh_for(config)
+        examples = read_examples(config.data, config.head.kind)
+        tokenizer = get_tokenizer(config, examples[0])
+        rows = make_rows(config, tokenizer, examples)
+        task = make_task(config, tokenizer, rows.head, rows)
     keep_config(config, tokenizer, config.init_from or "data.tokenizer")
-    keep_head(config, rows.head)
+    agreed(keep_head, config, rows.head)
     epoch = rows.train.buckets.batches
     steps = config.steps or max(1, int(epoch * config.epochs))
     eval_every = config.eval.every or min(epoch, steps)
@@ -268,7 +276,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
         task,
         tokenizer,
         mesh,
-        example=rows.train.longest(own_rows(config)),
+        example=rows.train.longest(),
         steps=steps,
         flops_per_step=3.0
         * config.batch_size

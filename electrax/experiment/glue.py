@@ -11,6 +11,7 @@ from electrax.data.glue import GLUE, find_file, read_glue, write_leaderboard
 from electrax.experiment import finetune
 from electrax.experiment.config import FinetuneConfig
 from electrax.experiment.examples import read_examples
+from electrax.training.processes import agreed
 
 AFTER_MNLI = ("rte", "mrpc", "stsb")  # small tasks that learn more from a model trained on MNLI first
 UNLABELLED = ("test", "test_mismatched", "diagnostic")
@@ -104,9 +105,9 @@ def predict_tests(config: GlueConfig, name: str, workdir: str) -> list[pathlib.P
         bad.close(config.path)
         rows = model.predict([example.texts for example in examples])
         path = pathlib.Path(config.workdir) / "leaderboard" / task.leaderboard_file(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
         predictions = [row["label"] if task.classes else min(max(row["value"], 0.0), 5.0) for row in rows]
-        write_leaderboard(task, [example.id for example in examples], predictions, path)
+        ids = [example.id for example in examples]
+        agreed(write_leaderboard, task, ids, predictions, path)
         written.append(path)
     return written
 

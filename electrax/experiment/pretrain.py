@@ -14,13 +14,14 @@ from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
 from electrax.data.prepare import PrepareConfig, Progress, prepare
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import PretrainConfig
-from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for, own_rows
+from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for
 from electrax.experiment.start import start_weights
 from electrax.models.sizes import discriminator_shape, generator_shape
 from electrax.tasks.corruption import slot_count
 from electrax.tasks.pretrain import PretrainTask, SpecialIds
 from electrax.training.evaluate import make_evaluate
 from electrax.training.feed import Feed, fits_device, host_feed, resident_feed
+from electrax.training.processes import agreed, together
 from electrax.training.sharding import make_mesh
 from electrax.training.tracking import Record
 
@@ -40,10 +41,7 @@ def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConf
         path = workdir / "data"
         options = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name != "path"}
         wanted = PrepareConfig(texts=(texts,), out=str(path), seed=config.seed, **options)
-        if not (path / MANIFEST_FILE).is_file():
-            workdir.mkdir(parents=True, exist_ok=True)
-            with progress as report:
-                prepare(wanted, report)
+        agreed(_prepare_once, wanted, progress)
         corpus = Corpus.open(path)
         check_prepared(wanted, corpus)
     else:
@@ -56,6 +54,13 @@ def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConf
         data, vocab_size=manifest.vocab_size, layout=manifest.layout, max_length=manifest.max_length
     )
     return dataclasses.replace(config, data=kept), corpus
+
+
+def _prepare_once(wanted: PrepareConfig, progress: Watcher) -> None:
+    if not (pathlib.Path(wanted.out) / MANIFEST_FILE).is_file():
+        pathlib.Path(wanted.out).parent.mkdir(parents=True, exist_ok=True)
+        with progress as report:
+            prepare(wanted, report)
 
 
 def check_prepared(wanted: PrepareConfig, corpus: Corpus) -> None:
@@ -121,18 +126,19 @@ def make_task(
 
 def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
     """Prepares what is not there yet and checks that everything fits, before step 0."""
-    mesh = mesh_for(config)
-    config, corpus = open_corpus(config, progress)
-    tokenizer = corpus.tokenizer()
-    steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)
+    with together():
+        mesh = mesh_for(config)
+        config, corpus = open_corpus(config, progress)
+        tokenizer = corpus.tokenizer()
+        steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)
+        task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, corpus)
     keep_config(config, tokenizer, config.data.path)
-    task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, corpus)
     return assemble(
         config,
         task,
         tokenizer,
         mesh,
-        example={"ids": corpus.rows("train", np.zeros(config.batch_size, np.int64))[own_rows(config)]},
+        example={"ids": corpus.rows("train", np.zeros(config.batch_size, np.int64))},
         steps=steps,
         flops_per_step=task.flops(config.batch_size, config.data.max_length),
         tokens_per_step=float(config.batch_size * config.data.max_length),

@@ -22,7 +22,16 @@ from electrax.training.feed import Feed, host_feed
 from electrax.training.lockstep import JointStep, lockstep
 from electrax.training.loop import Interrupted, NonFiniteLoss, Record, train
 from electrax.training.optim import make_optimizer
-from electrax.training.sharding import MeshConfig, local_rows, make_mesh, params_sharding, put_batch, row_ways
+from electrax.training.processes import agreed
+from electrax.training.sharding import (
+    MeshConfig,
+    local_rows,
+    make_mesh,
+    params_sharding,
+    put_batch,
+    put_everywhere,
+    row_ways,
+)
 from electrax.training.state import (
     Request,
     Step,
@@ -65,14 +74,19 @@ class Run:
     save_every: int
     patience: int
     steps_per_dispatch: int
-    example: Batch  # of the largest shape
+    example: Batch  # of the largest shape, all of its rows
 
     def memory(self) -> int:
         """Compiles the step for the largest batch; the bytes of a device that it needs (0: not known)."""
         return _needed(self._compiled())
 
     def _compiled(self) -> jax.stages.Compiled:
-        return self.step_function.compiled(self.state, put_batch(self.example, self.mesh))
+        return self.step_function.compiled(self.state, self.example_batch())
+
+    def example_batch(self) -> Batch:
+        """A batch of the largest shape on the devices."""
+        rows = local_rows(len(self.example["ids"]), self.mesh)
+        return put_batch({name: values[rows] for name, values in self.example.items()}, self.mesh)
 
     def models_at_once(self) -> int:
         """How many models like this one an accelerator has room to train side by side; 1 on a CPU, which would not be
@@ -173,7 +187,7 @@ def side_by_side(runs: Mapping[str, Run]) -> tuple[JointStep, int]:
     that it needs (0: not known)."""
     step = JointStep({name: run.step_function for name, run in runs.items()})
     unfinished = [name for name, run in runs.items() if run.start < run.steps] or list(runs)
-    batches = {name: put_batch(runs[name].example, runs[name].mesh) for name in unfinished}
+    batches = {name: runs[name].example_batch() for name in unfinished}
     requests = {name: Request(runs[name].start, runs[name].state, batches[name]) for name in unfinished}
     return step, _needed(step.compiled(requests))
 
@@ -206,27 +220,27 @@ def mesh_for(config: Any) -> Mesh:
     return mesh
 
 
-def own_rows(config: Any) -> slice:
-    return local_rows(config.batch_size)
-
-
 def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
     """Writes config.toml and the tokenizer (that of `data`) into the work directory. Raises UserError where
     checkpoints are kept there of a run that this one does not continue."""
     workdir = pathlib.Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if holds_run(workdir):
-        check_continued(config)
-        if Tokenizer.load(workdir).sha256 != tokenizer.sha256:
-            raise UserError(f"{workdir} holds a run with another tokenizer than that of {data}")
-    tokenizer.save(workdir)
-    write_atomically(workdir / CONFIG_FILE, to_toml(config))
+
+    def keep() -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if holds_run(workdir):
+            check_continued(config)
+            if Tokenizer.load(workdir).sha256 != tokenizer.sha256:
+                raise UserError(f"{workdir} holds a run with another tokenizer than that of {data}")
+        tokenizer.save(workdir)
+        write_atomically(workdir / CONFIG_FILE, to_toml(config))
+
+    agreed(keep)
 
 
 def holds_run(workdir: str | os.PathLike) -> bool:
     """Whether a checkpoint of a run is kept there, which the next training continues."""
     workdir = pathlib.Path(workdir)
-    return (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*"))
+    return agreed(lambda: (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")))
 
 
 def check_continued(config: Any) -> None:
@@ -255,14 +269,15 @@ def load_params(workdir: str | os.PathLike, mesh: Mesh | None = None, latest: in
     """(step, parameters) of the newest whole checkpoint of a run (of step `latest` at most), or of a converted model
     (step 0), on a mesh (default: the first device). Raises UserError where there is none, or where the tokenizer beside
     it is another one than it was trained with."""
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
     weights = pathlib.Path(workdir) / WEIGHTS_FILE
     restored = restore_newest_params(pathlib.Path(workdir) / "checkpoints", mesh, latest)
     if restored is not None:
         wanted = tokenizer_hash(pathlib.Path(workdir) / "checkpoints" / str(restored[0]))
     elif weights.is_file():
         params, metadata = read_tree(weights)
-        restored, wanted = (0, jax.device_put(params, params_sharding(params, mesh))), metadata.get("tokenizer", "")
+        placed = jax.tree.map(put_everywhere, params, params_sharding(params, mesh))
+        restored, wanted = (0, placed), metadata.get("tokenizer", "")
     else:
         raise UserError(f"{workdir}: no checkpoint yet")
     if wanted and Tokenizer.load(workdir).sha256 != wanted:

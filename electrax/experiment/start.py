@@ -15,6 +15,7 @@ from electrax.experiment.run import load_params
 from electrax.models.encoder import EncoderConfig
 from electrax.models.sizes import discriminator_shape, generator_shape
 from electrax.tasks.base import Params
+from electrax.training.sharding import put_everywhere
 
 log = logging.getLogger("electrax")
 # what two encoders must have in common; the vocabulary and the number of positions may differ
@@ -119,7 +120,7 @@ def same_shapes(a: Params, b: Params) -> bool:
 
 
 def _placed(taken: Params, drawn: Params) -> Params:
-    return jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), taken, drawn)
+    return jax.tree.map(lambda leaf, like: put_everywhere(np.asarray(leaf), like.sharding), taken, drawn)
 
 
 def _with_head(params: Params, drawn: Params, old: list[int], new: list[int]) -> Params:

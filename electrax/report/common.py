@@ -11,17 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from electrax.config import UserError
 from electrax.data.shards import locked, write_atomically
 from electrax.experiment.run import RESULTS_FILE, Run, side_by_side, train_side_by_side
 from electrax.models.flops import peak_flops
 from electrax.training.loop import Interrupted, NonFiniteLoss, Record
 from electrax.training.optim import learning_rate
+from electrax.training.processes import agreed, is_first, together
 from electrax.training.profile import Profile, ProfiledStep
-from electrax.training.tracking import Tracker
+from electrax.training.tracking import NoTracker, Tracker
 
 console = Console()
 INTERRUPTED = 130  # exit status
@@ -79,12 +82,18 @@ def show_steps(run: Run, tokens: str) -> None:
 
 @dataclasses.dataclass
 class StopSignal:
-    """True once SIGTERM or Ctrl-C has come; a second one ends the process at once."""
+    """True once SIGTERM or Ctrl-C has come; a second one ends the process at once.
+
+    Of several processes it becomes true at the same call in all of them, whichever got the signal: JAX's runtime
+    watches for SIGTERM (the notice of a preemption, too) and agrees on the call.
+    """
 
     asked: bool = False
+    calls: int = 0
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -96,42 +105,54 @@ class StopSignal:
             raise KeyboardInterrupt
         self.asked = True
         console.print("stopping after this step and saving; once more ends at once, without saving")
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # which the runtime tells the others
 
     def __call__(self) -> bool:
-        return self.asked
+        self.calls += 1
+        return self.asked if jax.process_count() == 1 else reached_preemption_sync_point(self.calls)
 
 
 @contextlib.contextmanager
 def alone(workdir: str | os.PathLike) -> Iterator[None]:
     """Makes the work directory, and lets no other run into it as long as this one is at work. A directory that nothing
     came into, because the input is wrong, goes again."""
-    workdir = pathlib.Path(workdir)
-    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
-    workdir.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(workdir, "run") if jax.process_index() == 0 else contextlib.nullcontext():
+    workdir, made = pathlib.Path(workdir), []
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            made.extend(path for path in (workdir, *workdir.parents) if not path.exists())
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(workdir, "run"))
+
+        try:
+            agreed(enter)
+            with together():
+                if not workdir.is_dir():
+                    raise UserError(f"{workdir}: not there; expected storage that all processes of a run share")
             yield
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        finally:
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
 def train_and_track(run: Run, command: str) -> Record | None:
     """Trains to the end and returns the last evaluation; None after a stop that saved. `command` continues the run."""
-    console.print("compiling the step …")
-    needed = run.memory()
-    show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
     profiled = ProfiledStep(run.step_function, pathlib.Path(run.config.workdir) / "profile")
     tracker = _track(run, console)
     final: Record | None = None
     try:
         with StopSignal() as stop:
+            console.print("compiling the step …")
+            needed = run.memory()
+            show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
             for record in run.train(stop, step=profiled if run.config.profile else None):
                 tracker.write(record)
                 final = record if record.kind == "eval" else final
+        run.checkpoints.wait()
     except Interrupted as stopped:
-        run.checkpoints.close()
+        run.checkpoints.wait()
         console.print(f"saved step {stopped.step} in {run.config.workdir}; to continue: {command}", soft_wrap=True)
         return None
     finally:
@@ -177,6 +198,8 @@ def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[
                     trackers[name].write(event)
                     if event.kind == "eval":
                         ends[name] = event
+        for run in runs.values():
+            run.checkpoints.wait()
     for name, ending in stopped.items():
         console.print(f"saved step {ending.step} in {runs[name].config.workdir}", soft_wrap=True)
     if stopped:
@@ -185,10 +208,12 @@ def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[
     return ends
 
 
-def _track(run: Run, console: Console) -> Tracker:
+def _track(run: Run, console: Console) -> Tracker | NoTracker:
     workdir = pathlib.Path(run.config.workdir)
     if run.start < run.steps:
-        (workdir / RESULTS_FILE).unlink(missing_ok=True)  # those of a shorter run
+        agreed(lambda: (workdir / RESULTS_FILE).unlink(missing_ok=True))  # those of a shorter run
+    if not is_first():
+        return NoTracker()
     return Tracker(workdir, run.start, run.steps, _rates(run), console)
 
 
@@ -207,7 +232,7 @@ def _rates(run: Run):
 
 def write_results(workdir: str | os.PathLike, results: dict[str, Any]) -> None:
     """results.json, last and atomically: its presence says that the run is done. What is not finite is null."""
-    write_atomically(pathlib.Path(workdir) / RESULTS_FILE, json.dumps(_finite(results), indent=1) + "\n")
+    agreed(write_atomically, pathlib.Path(workdir) / RESULTS_FILE, json.dumps(_finite(results), indent=1) + "\n")
 
 
 def _finite(value: Any) -> Any:

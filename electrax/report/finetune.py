@@ -31,6 +31,7 @@ from electrax.report.common import (
 )
 from electrax.tasks.finetune import LESS_IS_BETTER, FinetuneTask
 from electrax.training.loop import NonFiniteLoss, Record
+from electrax.training.processes import agreed
 
 MOST_ROWS, MOST_COLUMNS = 25, 12  # of a table that is shown
 
@@ -41,12 +42,16 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
         results = train_one(config, command)
         return INTERRUPTED if results is None else 0
     config, workdir = resolve(config), pathlib.Path(config.workdir)
-    if holds_run(workdir):
-        raise UserError(f"{workdir} holds a run of one seed; take another workdir for several")
-    if any(workdir.glob("seed-*")):
-        check_continued(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / CONFIG_FILE, to_toml(config))
+
+    def keep_config() -> None:
+        if holds_run(workdir):
+            raise UserError(f"{workdir} holds a run of one seed; take another workdir for several")
+        if any(workdir.glob("seed-*")):
+            check_continued(config)
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / CONFIG_FILE, to_toml(config))
+
+    agreed(keep_config)
     runs = train_seeds(config, range(config.seed, config.seed + config.seeds), command)
     if runs is None:
         return INTERRUPTED
@@ -54,14 +59,14 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
     keep = {results["best"], results["median_run"]}
     lost = []  # what an earlier choice among fewer seeds did not keep
     for name in keep:
-        if runs[name]["score"] is not None and not any((workdir / name / "checkpoints").glob("[0-9]*")):
-            (workdir / name / RESULTS_FILE).unlink(missing_ok=True)
+        if runs[name]["score"] is not None and not holds_run(workdir / name):
+            agreed((workdir / name / RESULTS_FILE).unlink, True)
             lost.append(int(name.removeprefix("seed-")))
     if train_seeds(config, lost, command) is None:
         return INTERRUPTED
     write_results(workdir, results)
     for name in set(runs) - keep:
-        shutil.rmtree(workdir / name / "checkpoints", ignore_errors=True)
+        agreed(shutil.rmtree, workdir / name / "checkpoints", True)
     show_seeds(results, runs)
     return 0
 
@@ -201,7 +206,7 @@ def describe(task: FinetuneTask, final: Record) -> dict[str, Any]:
 def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
     """Of a finished run; None where it is not finished."""
     path = workdir / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return agreed(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
 
 
 def summarize_seeds(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def choose_slots(
         used = jnp.any(candidates) & (jnp.arange(slots) < k)
     else:
         noise = jnp.where(candidates, jax.random.uniform(key, candidates.shape), -1.0)
-        score, positions = jax.lax.top_k(noise, slots)
-        used = (score >= 0) & (jnp.arange(slots) < k)
+        positions = jnp.argsort(-noise)[:slots]  # a top_k would fetch the rows of all devices
+        used = (noise[positions] >= 0) & (jnp.arange(slots) < k)
     return jnp.where(used, positions, 0).astype(jnp.int32), used
 
 

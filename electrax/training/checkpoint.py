@@ -18,6 +18,7 @@ from electrax.config import UserError
 from electrax.data.corpus import file_sha256
 from electrax.data.shards import write_atomically
 from electrax.tasks.base import Params
+from electrax.training.processes import agreed, is_first, together
 from electrax.training.sharding import params_sharding
 from electrax.training.state import TrainState
 
@@ -63,7 +64,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are complete, in order."""
-        return sorted(int(p.parent.name) for p in self.directory.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+        names = (path.parent.name for path in self.directory.glob(f"*/{MANIFEST}"))
+        return agreed(lambda: sorted(int(name) for name in names if name.isdigit()))
 
     def best(self) -> tuple[int, float] | None:
         """(step, score) of the best evaluated checkpoint, the first of equals; None where there is none."""
@@ -72,7 +74,8 @@ class Checkpoints:
 
     def score(self, step: int) -> float | None:
         """What the checkpoint of a step scored; None where it was not evaluated."""
-        return (self._open().metrics(step) or {}).get("score")
+        manager = self._open()
+        return agreed(lambda: (manager.metrics(step) or {}).get("score"))
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""
@@ -88,13 +91,17 @@ class Checkpoints:
     def _seal(self, step: int) -> None:
         try:
             self._open().wait_until_finished()
-            if jax.process_index() == 0:
+            if is_first():  # orbax has waited for the others' parts
                 write_manifest(self.directory / str(step), self._tokenizer)
         except BaseException as error:  # reported by wait(), in the thread that can act on it
             self._failure = error
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises UserError where writing failed (a full disk)."""
+        """Until everything is on disk. Raises UserError where writing failed (a full disk), in every process."""
+        with together():
+            self._finish()
+
+    def _finish(self) -> None:
         if self._sealing is not None:
             self._sealing.join()
             self._sealing = None
@@ -110,7 +117,8 @@ class Checkpoints:
         return restore_newest(self.directory, abstract, set_aside)
 
     def close(self) -> None:
-        self.wait()
+        """Needs no other process, so that one that fails can end."""
+        self._finish()
         if self._manager is not None:
             self._manager.close()
             self._manager = None
@@ -170,14 +178,17 @@ def _read_newest(
 def _newest_whole(
     directory: pathlib.Path, on_damage: Callable[[pathlib.Path], None], latest: int | None = None
 ) -> Iterator[pathlib.Path]:
-    paths = [p for p in directory.glob("*") if p.name.isdigit() and (latest is None or int(p.name) <= latest)]
-    for path in sorted(paths, key=lambda p: int(p.name), reverse=True):
-        damage = find_damage(path)
+    steps = agreed(lambda: sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True))
+    for step in steps:
+        if latest is not None and step > latest:
+            continue
+        path = directory / str(step)
+        damage = agreed(find_damage, path)
         if damage is None:
             yield path
         else:
             log.warning("%s: %s; an earlier checkpoint is used", path, damage)
-            on_damage(path)
+            agreed(on_damage, path)
 
 
 def _misfit(path: pathlib.Path, wanted: Any) -> str | None:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int64, Shaped
 
 from electrax.tasks.base import Batch
-from electrax.training.sharding import batch_sharding, local_rows, put_batch
+from electrax.training.sharding import batch_sharding, local_rows, put_batch, put_everywhere
 
 Feed = Callable[[int, int], Batch]  # (step, n) -> the batch of that step, or with n > 1 of n steps, stacked
 RESIDENT_SHARE = 0.1  # of an accelerator's memory that rows may take
@@ -18,7 +18,7 @@ RESIDENT_SHARE = 0.1  # of an accelerator's memory that rows may take
 
 def host_feed(read: Callable[[int, slice], Batch], batch_size: int, mesh: Mesh) -> Feed:
     """Batches as a task's `train_batch` reads them."""
-    rows = local_rows(batch_size)
+    rows = local_rows(batch_size, mesh)
 
     def feed(step: int, count: int) -> Batch:
         if count == 1:
@@ -34,8 +34,8 @@ def resident_feed(
 ) -> Feed:
     """The rows `numbers(step)` of a table that every device holds: only the numbers leave the host. `ids` [B, L] as
     they come from `host_feed`."""
-    rows = local_rows(batch_size)
-    held = jax.device_put(table, NamedSharding(mesh, P()))
+    rows = local_rows(batch_size, mesh)
+    held = put_everywhere(table, NamedSharding(mesh, P()))
     gather = [jax.jit(lambda table, row: table[row], out_shardings=batch_sharding(mesh, leading)) for leading in (0, 1)]
 
     def feed(step: int, count: int) -> Batch:

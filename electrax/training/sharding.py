@@ -58,9 +58,10 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         raise UserError(
             f"mesh.data {data} x fsdp {config.fsdp} x model {config.model} is not the number of devices, {len(devices)}"
         )
-    # Auto axes: linen's lookups and scatters do not type-check under the default, Explicit
-    grid = np.asarray(devices).reshape(data, config.fsdp, config.model)
-    return Mesh(grid, (*BATCH_AXES, "model"), axis_types=(AxisType.Auto,) * 3)
+    # Auto axes: linen's lookups and scatters do not type-check under the default, Explicit. A TPU's devices come in the
+    # order of its links.
+    shape, names = (data, config.fsdp, config.model), (*BATCH_AXES, "model")
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def row_ways(mesh: Mesh) -> int:
@@ -79,10 +80,18 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 0) -> dic
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def local_rows(batch_size: int) -> slice:
-    """The rows of a batch that this process reads."""
-    share = batch_size // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+def put_everywhere(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds whole, on the devices of all of them."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> slice:
+    """The rows of a batch that this process reads, those of its devices. UserError where they don't lie together."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = {row for (part,) in held for row in range(batch_size)[part]}
+    if len(rows) != max(rows) + 1 - min(rows):
+        raise UserError("mesh: the rows of a process would not lie together; make mesh.model a divisor of its devices")
+    return slice(min(rows), max(rows) + 1)
 
 
 def spec_of(path: str) -> P:
@@ -91,6 +100,11 @@ def spec_of(path: str) -> P:
     if len(found) != 1:
         raise UserError(f"parameter {path} fits {len(found)} rows of the sharding table; exactly one is needed")
     return found[0]
+
+
+def over_rows(sharding: NamedSharding) -> P:
+    """The sharding's spec with the axes alone over which a batch's rows are divided, and several devices lie."""
+    return P(*(axis if axis in BATCH_AXES and sharding.mesh.shape[axis] > 1 else None for axis in sharding.spec))
 
 
 def params_sharding(params: Any, mesh: Mesh) -> Any:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from electrax.config import UserError
 from electrax.tasks.base import Batch, Mean, Metrics, Params, Task
-from electrax.training.sharding import batch_sharding, like_params, params_sharding, row_ways
+from electrax.training.sharding import BATCH_AXES, batch_sharding, like_params, over_rows, params_sharding, row_ways
 
 
 @flax.struct.dataclass
@@ -53,12 +54,12 @@ def fresh_state(
 ) -> TrainState:
     """Step 0 with parameters drawn from the seed, made where they will live."""
 
-    def build(key):
-        params = task.init(key, batch)
+    def build(seed):
+        params = task.init(jax.random.key(seed), batch)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
-    return jax.jit(build, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(build, out_shardings=shardings)(np.uint32(seed))
 
 
 def choose_microbatch(config_rows: int, rows: int, length: int, platform: str) -> int:
@@ -78,23 +79,35 @@ def choose_microbatch(config_rows: int, rows: int, length: int, platform: str) -
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, 512 // length))
 
 
-def split_rows(prepared: Batch, mesh: Mesh, microbatch: int) -> Batch:
-    """[B, …] -> [n, B / n, …]: micro-batch j takes the j-th `microbatch` rows of every device, so no row moves."""
-    ways = row_ways(mesh)
-
-    def split(leaf):
-        cut = leaf.reshape(ways, -1, microbatch, *leaf.shape[1:]).swapaxes(0, 1)
-        cut = cut.reshape(cut.shape[0], -1, *leaf.shape[1:])
-        return jax.lax.with_sharding_constraint(cut, batch_sharding(mesh, leading=1))
-
-    return jax.tree.map(split, prepared)
-
-
 def gradients(task: Task, params: Params, prepared: Batch, mesh: Mesh, microbatch: int):
-    """Gradient, loss and metrics of a prepared batch, added over its micro-batches (`microbatch` rows a device)."""
+    """Gradient, loss and metrics of a prepared batch, added over its micro-batches (`microbatch` rows a device).
+
+    Every device adds up its own rows' gradients, and these are exchanged once, whatever the number of micro-batches:
+    summed over `data`, and over `fsdp` left divided as the parameters are, which are gathered once before.
+    """
+    if row_ways(mesh) == 1:
+        return _own_gradients(task, params, prepared, microbatch)
+    specs = jax.tree.map(over_rows, params_sharding(params, mesh))
+
+    def exchange(params: Params, prepared: Batch):
+        whole = jax.tree.map(_gather, params, specs)
+        grads, loss, metrics = _own_gradients(task, whole, prepared, microbatch)
+        return jax.tree.map(_scatter_sum, grads, specs), *jax.lax.psum((loss, metrics), BATCH_AXES)
+
+    return jax.shard_map(
+        exchange,
+        mesh=mesh,
+        in_specs=(specs, batch_sharding(mesh).spec),
+        out_specs=(specs, P(), P()),
+        axis_names=set(BATCH_AXES),  # what lies on `model` is the compiler's
+        check_vma=False,
+    )(params, prepared)
+
+
+def _own_gradients(task: Task, params: Params, prepared: Batch, microbatch: int):
+    """The sums over the rows given, `microbatch` of them in one pass."""
     compute = jax.value_and_grad(task.loss, has_aux=True)
-    rows = jax.tree.leaves(prepared)[0].shape[0]
-    if microbatch * row_ways(mesh) == rows:
+    if jax.tree.leaves(prepared)[0].shape[0] == microbatch:
         (loss, metrics), grads = compute(params, prepared)
         return grads, loss, metrics
 
@@ -102,8 +115,22 @@ def gradients(task: Task, params: Params, prepared: Batch, mesh: Mesh, microbatc
         (loss, metrics), grads = compute(params, micro)
         return jax.tree.map(jnp.add, total, grads), (loss, metrics)
 
-    grads, each = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split_rows(prepared, mesh, microbatch))
+    cut = jax.tree.map(lambda leaf: leaf.reshape(-1, microbatch, *leaf.shape[1:]), prepared)
+    grads, each = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), cut)
     return grads, *jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+
+
+def _gather(part: jax.Array, spec: P) -> jax.Array:
+    """A parameter of which each device along `fsdp` holds a part, whole."""
+    return part if "fsdp" not in spec else jax.lax.all_gather(part, "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+
+def _scatter_sum(gradient: jax.Array, spec: P) -> jax.Array:
+    """The sum over the devices, each of which along `fsdp` keeps its parameter's part."""
+    if "fsdp" not in spec:
+        return jax.lax.psum(gradient, BATCH_AXES)
+    part = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+    return jax.lax.psum(part, "data")
 
 
 class Request(NamedTuple):

@@ -95,6 +95,16 @@ class Tracker:
         self._board.close()
 
 
+class NoTracker:
+    """In the place of a tracker where another process keeps track."""
+
+    def write(self, record: Record) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def describe(record: Record, figures: dict[str, float]) -> str:
     """A record on one line."""
     if record.kind == "eval":

@@ -152,5 +152,5 @@ def test_no_room_for_a_word_is_an_error(tokenizer):
 
 def test_rows_of_words_make_batches(tokenizer):
     rows = with_labels(encode_words(tokenizer, [["cat"], ["the", "cats"]], 16), [[0], [1, 2]])
-    batch = RowBatches.of(rows, 2, word_padding(PAD)).longest(slice(None))
+    batch = RowBatches.of(rows, 2, word_padding(PAD)).longest()
     assert batch["ids"].shape == batch["label"].shape == batch["word"].shape == (2, 5)

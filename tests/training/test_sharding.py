@@ -164,4 +164,4 @@ def test_the_rows_of_a_batch_go_to_the_devices_in_order():
     assert np.asarray(placed).ravel().tolist() == list(range(8))
     first = [shard.data for shard in placed.addressable_shards if shard.device == mesh.devices[1, 0, 0]]
     assert np.asarray(first[0]).ravel().tolist() == [4, 5]
-    assert local_rows(8) == slice(0, 8)  # one process reads them all
+    assert local_rows(8, mesh) == slice(0, 8)  # one process reads them all

@@ -13,7 +13,7 @@ from electrax.tasks.base import Mean
 from electrax.tasks.pretrain import PretrainTask
 from electrax.training.feed import host_feed
 from electrax.training.sharding import put_batch
-from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step, return_memory, split_rows
+from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step, return_memory
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,6 @@ def test_steps_in_one_call_are_bit_for_bit_those_of_single_calls(tiny, one_devic
     assert float(metrics["rtd_loss"].total[2] / metrics["rtd_loss"].weight[2]) == one_device[1]["rtd_loss"]
     for name, leaf in numpy_leaves(state).items():
         np.testing.assert_array_equal(leaf, one_device[2][name], err_msg=name)
-
-
-def test_a_micro_batch_takes_its_rows_from_every_device_in_turn(tiny):
-    rows = np.arange(8)
-    cut = jax.jit(lambda batch: split_rows(batch, tiny.mesh(2), 2))({"row": rows})["row"]
-    # device 0 holds rows 0-3, device 1 rows 4-7
-    assert np.asarray(cut).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
 def test_each_step_of_each_seed_is_drawn_anew(tiny):
