@@ -36,7 +36,7 @@ def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConf
     if not data.path:
         raise UserError('data.path is empty; it names a prepared directory, a text, or "sample" for the bundled books')
     path = pathlib.Path(data.path)
-    if not (path / MANIFEST_FILE).is_file():
+    if agreed(lambda: not (path / MANIFEST_FILE).is_file()):
         texts = str(sample_path()) if data.path == "sample" else data.path
         path = workdir / "data"
         options = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name != "path"}

@@ -48,7 +48,7 @@ HEAD_FILE = "head.json"  # what a fine-tuned head's outputs mean
 WEIGHTS_FILE = "model.safetensors"  # of a model without checkpoints
 # keys that may be other ones when a run is resumed
 MAY_CHANGE = {"workdir", "profile", "seeds", "seeds_at_once", "steps", "epochs", "checkpoint", "eval", "log", "mesh"}
-MAY_CHANGE |= {"steps_per_dispatch", "rows_on_device"}
+MAY_CHANGE |= {"steps_per_dispatch", "rows_on_device", "optimizer.microbatch", "optimizer.max_skipped"}
 MEMORY_SHARE = 0.8  # of an accelerator that models side by side may take; the rest is for evaluation
 
 
@@ -118,6 +118,7 @@ class Run:
             log_every=self.config.log.every,
             patience=self.patience,
             steps_per_dispatch=1 if step else self.steps_per_dispatch,
+            max_skipped=self.config.optimizer.max_skipped,
             stop=stop,
         )
 
@@ -251,7 +252,7 @@ def check_continued(config: Any) -> None:
         raise UserError(f"{workdir} holds a run of the task {before.get('task')!r}; take another workdir")
     before = dataclasses.asdict(build(type(config), before, str(workdir / CONFIG_FILE)))
     for key, old, new in _differences(before, dataclasses.asdict(config)):
-        if key.split(".")[0] not in MAY_CHANGE and key != "optimizer.microbatch":
+        if not {key, key.split(".")[0]} & MAY_CHANGE:
             raise UserError(
                 f"{workdir} holds a run with {key} = {old!r}, now {new!r}; take another workdir for a new run"
             )

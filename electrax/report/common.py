@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import pathlib
@@ -25,6 +26,7 @@ from electrax.training.optim import learning_rate
 from electrax.training.processes import agreed, is_first, together
 from electrax.training.profile import Profile, ProfiledStep
 from electrax.training.tracking import NoTracker, Tracker
+from electrax.training.watchdog import Watchdog
 
 console = Console()
 INTERRUPTED = 130  # exit status
@@ -143,11 +145,12 @@ def train_and_track(run: Run, command: str) -> Record | None:
     tracker = _track(run, console)
     final: Record | None = None
     try:
-        with StopSignal() as stop:
+        with StopSignal() as stop, Watchdog(run.config.log.stall, _warn) as watchdog:
             console.print("compiling the step …")
             needed = run.memory()
             show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
-            for record in run.train(stop, step=profiled if run.config.profile else None):
+            watched = dataclasses.replace(run, evaluate=watchdog.unwatched(run.evaluate))
+            for record in watched.train(watchdog.before(stop), step=profiled if run.config.profile else None):
                 tracker.write(record)
                 final = record if record.kind == "eval" else final
         run.checkpoints.wait()
@@ -172,6 +175,10 @@ def show_profile(profile: Profile | None) -> None:
     rows = [(name, f"{share:.1%}") for name, share in profile.parts.items()]
     title = f"{profile.steps} steps traced, {milliseconds:,.1f} ms each, devices at work {profile.busy:.1%} of the time"
     show_table(title, ("part of their work", "share"), rows)
+
+
+def _warn(message: str) -> None:
+    logging.getLogger("electrax").warning(message)
 
 
 def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[str, Record | NonFiniteLoss] | None:

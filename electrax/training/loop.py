@@ -1,5 +1,6 @@
 """THE loop: pretraining and fine-tuning are the same call with another task."""
 
+import collections
 import dataclasses
 import math
 import time
@@ -16,6 +17,8 @@ from electrax.training.feed import Feed
 from electrax.training.state import Request, StepResult, TrainState
 from electrax.training.tracking import Record
 
+SPIKE_STEPS, SPIKE_SPREADS = 100, 12  # a spike: above the median of the last steps by so many median deviations
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -26,10 +29,11 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 100  # steps
+    stall: float = 60.0  # seconds without a step, where one is usually quicker, after which it is shown where; 0: never
 
 
 class NonFiniteLoss(UserError):
-    """The loss or its gradient became NaN or infinite; nothing after that was saved."""
+    """The loss or its gradient was NaN or infinite in too many steps in a row."""
 
 
 class Interrupted(Exception):
@@ -54,14 +58,15 @@ def train(
     log_every: int,
     patience: int = 0,
     steps_per_dispatch: int = 1,
+    max_skipped: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Record | Request, StepResult | None, None]:
     """Trains from `state` (whose buffers it takes over) to `steps` updates.
 
     The order of the body is law: evaluate the old state, save it, take the next batch, step, log the steps before. So
     data advances only after saving, the position in the data is the step, and the host never waits for the step it has
-    just started. After `patience` evaluations without a better score (0: never) training ends. Raises NonFiniteLoss,
-    or Interrupted once `stop()` is true.
+    just started. After `patience` evaluations without a better score (0: never) training ends. Raises NonFiniteLoss
+    after more than `max_skipped` steps in a row without an update, or Interrupted once `stop()` is true.
 
     `feed` gives the batch of a step, or of `steps_per_dispatch` steps, stacked, which `step_function.several` takes in
     one call. Without `step_function` every step is yielded as a Request and its result must be sent, as by `lockstep`.
@@ -71,7 +76,7 @@ def train(
     # a run that was stopped where an evaluation was due makes up for it
     evaluated = start if saved != start or checkpoints.score(start) is not None else -1
     best = checkpoints.best() if patience else None
-    window = _Window(start)
+    window = _Window(start, max_skipped)
     while True:
         exhausted = best is not None and step - best[0] >= patience * eval_every
         last, stopping, score = step == steps or exhausted, stop(), None
@@ -84,7 +89,7 @@ def train(
             yield Record(step, "eval", figures, arrays)
             window.reopen()
         if step > saved and (last or stopping or (step > start and step % save_every == 0)):
-            yield from window.close(step)  # a state that is not finite is never saved
+            yield from window.close(step)
             checkpoints.save(step, state, score)
             yield Record(step, "save", {}, {})
             window.reopen()
@@ -116,8 +121,10 @@ def _together(step: int, wanted: int, steps: int, intervals: tuple[int, ...]) ->
 class _Window:
     """Results of the steps since the last log line, left on the device until the line is due."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, max_skipped: int):
         self.first, self.results, self.opened = step, [], time.perf_counter()
+        self.max_skipped, self.skipped = max_skipped, 0  # the last steps, in a row
+        self.losses: collections.deque[float] = collections.deque(maxlen=SPIKE_STEPS)
 
     def add(self, loss: jax.Array, metrics: Any) -> None:
         """Those of a step, or of several that were taken in one call, stacked."""
@@ -143,22 +150,43 @@ class _Window:
             return
         results = [each for taken in jax.device_get(self.results) for each in _apart(*taken)]
         closed = finished or time.perf_counter()
+        read = time.perf_counter()
+        done = []  # steps with an update
         for offset, (loss, metrics) in enumerate(results):
-            if not (math.isfinite(loss) and math.isfinite(metrics["gradient_norm"].total)):
+            alarm = self._alarm(float(loss), float(metrics["gradient_norm"].total))
+            if "skipped" not in alarm:
+                done.append((loss, metrics))
+            if alarm:
+                yield Record(self.first + offset + 1, "alarm", alarm, {})
+            if self.skipped > self.max_skipped:
                 raise NonFiniteLoss(
-                    f"the loss is {float(loss)} and the gradient's norm {float(metrics['gradient_norm'].total)} "
-                    f"at step {self.first + offset}, in the window of steps {self.first} to {step - 1}; "
-                    "the last checkpoint is from before. A lower optimizer.learning_rate or a longer warm-up may help"
+                    f"the loss is {alarm['loss']} and the gradient's norm {alarm['gradient_norm']} at step "
+                    f"{self.first + offset}, in the window of steps {self.first} to {step - 1}, the "
+                    f"{self.skipped}. in a row; a lower optimizer.learning_rate or a longer warm-up may help"
                 )
-        figures = {"loss": float(np.mean([loss for loss, _ in results]))}
+        figures = {"loss": float(np.mean([loss for loss, _ in done])) if done else math.nan}
         for name in results[0][1]:
-            total, weight = np.sum([np.asarray(metrics[name], np.float64) for _, metrics in results], axis=0)
+            total, weight = np.sum([np.asarray(metrics[name], np.float64) for _, metrics in done] or [(0, 0)], axis=0)
             figures[name] = float(total / weight) if weight else math.nan
         figures |= {"steps": len(results), "seconds": closed - self.opened}
         self.first, self.results = step, []
-        read = time.perf_counter()
         yield Record(step, "log", figures, {})
         self.opened = closed + time.perf_counter() - read  # what the reader of the record did is not training time
+
+    def _alarm(self, loss: float, gradient_norm: float) -> dict[str, float]:
+        """What is to be told of a step; empty of an ordinary one."""
+        told = {"loss": loss, "gradient_norm": gradient_norm}
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            self.skipped += 1
+            return {**told, "skipped": self.skipped}
+        self.skipped = 0
+        before = np.asarray(self.losses)
+        self.losses.append(loss)
+        if len(before) < SPIKE_STEPS // 2:
+            return {}
+        median = float(np.median(before))
+        spread = float(np.median(np.abs(before - median)))
+        return {**told, "median": median} if loss > median + SPIKE_SPREADS * spread else {}
 
 
 def _apart(loss: Any, metrics: Any) -> list[tuple[Any, Any]]:

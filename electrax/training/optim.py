@@ -30,6 +30,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # 0: no clipping
     layer_decay: float = 1.0  # each layer's rate as a share of that of the layer above it
     microbatch: int = 0  # rows of a device in one forward-backward pass; 0: chosen for the device
+    max_skipped: int = 10  # updates in a row that may be skipped because loss or gradient is not finite
 
     def __post_init__(self):
         if self.epsilon <= 0:
@@ -42,6 +43,7 @@ class OptimizerConfig:
             "clip_norm",
             "layer_decay",
             "microbatch",
+            "max_skipped",
         ):
             if getattr(self, name) < 0:
                 raise UserError(f"optimizer.{name} must not be negative, but is {getattr(self, name)}")

@@ -110,7 +110,8 @@ def is_first() -> bool:
 def agreed(make: Callable[..., Value], *arguments: Any) -> Value:
     """What `make(*arguments)` gives in process 0 (something JSON can hold), in every process.
 
-    The others wait for it and don't call it. What is raised there is a UserError in the others.
+    The others wait for it and don't call it. What is raised there is a UserError in the others. All processes must come
+    to the same calls of this and of `together` in the same order, so what may differ between them is agreed on first.
     """
     global _deciding
     if jax.process_count() == 1 or _deciding:

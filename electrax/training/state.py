@@ -191,7 +191,8 @@ def return_memory() -> None:
 def make_step(
     task: Task, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh, microbatch: int, seed: int
 ) -> Step:
-    """One update of any task; `microbatch` as in `choose_microbatch`.
+    """One update of any task; `microbatch` as in `choose_microbatch`. Where the loss or the gradient's norm is not
+    finite the step counts, but changes neither parameters nor moments.
 
     Row i of step s gets the key fold_in(fold_in(key(seed), s), i), whatever the devices and micro-batches. The seed is
     an argument of the compiled function, so that runs that differ in it alone share one compilation.
@@ -208,8 +209,13 @@ def make_step(
         grads, loss, metrics = gradients(task, state.params, prepared, mesh, part)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            metrics = metrics | {"gradient_norm": Mean(optax.tree.norm(grads), jnp.ones(()))}
-            params = optax.apply_updates(state.params, updates)
+            norm = optax.tree.norm(grads)
+            metrics = metrics | {"gradient_norm": Mean(norm, jnp.ones(()))}
+            # an update from a loss or gradient that is not finite would never be undone
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            new = optax.apply_updates(state.params, updates), opt_state
+            old = state.params, state.opt_state
+            params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         return TrainState(state.step + 1, params, opt_state), loss, metrics
 
     return Step(step, jax.tree.map(lambda s: s.sharding, abstract), seed)

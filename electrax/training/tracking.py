@@ -25,10 +25,11 @@ SHOWN_HELD_OUT = {**SHOWN, "rtd_auc": "rtd auc"} | {
 
 
 class Record(NamedTuple):
-    """What happened after `step` updates: means over the steps since the last "log", an "eval", or a "save"."""
+    """What happened after `step` steps: means over those since the last "log", an "eval", a "save"; or in the last one
+    an "alarm": its update was skipped, or its loss lies far above those before."""
 
     step: int
-    kind: Literal["log", "eval", "save"]
+    kind: Literal["log", "eval", "save", "alarm"]
     figures: dict[str, float]
     arrays: dict[str, np.ndarray]  # by held-out row, of an "eval"
 
@@ -71,7 +72,9 @@ class Tracker:
                 self._console.print(f"step {record.step}: saving in the background")
             return
         figures = dict(record.figures)
-        if record.kind == "log":
+        if record.kind == "alarm":
+            figures = {f"alarm_{name}": value for name, value in figures.items()}
+        elif record.kind == "log":
             taken, seconds = figures.pop("steps"), figures.pop("seconds")
             self._seconds += seconds
             figures = {"seconds": self._seconds, **figures, **self._rates(record.step, seconds, taken)}
@@ -107,6 +110,12 @@ class NoTracker:
 
 def describe(record: Record, figures: dict[str, float]) -> str:
     """A record on one line."""
+    if record.kind == "alarm":
+        loss, norm = figures["alarm_loss"], figures["alarm_gradient_norm"]
+        told = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+        if "alarm_skipped" in figures:
+            return f"{told}: update skipped, {figures['alarm_skipped']} in a row"
+        return f"{told}; the median loss of the steps before is {figures['alarm_median']:.4g}"
     if record.kind == "eval":
         parts = [
             f"{short} {figures['eval_' + name]:.3f}"

@@ -100,7 +100,17 @@ class Fake:
         self.events.append(f"evaluate {int(params['w'])}")
         return {"loss": self.held_out.get(int(params["w"]), float(params["w"]) + 0.5)}, {"score": np.zeros(3)}
 
-    def records(self, steps, eval_every=100, save_every=100, log_every=100, patience=0, stop=lambda: False, dispatch=1):
+    def records(
+        self,
+        steps,
+        eval_every=100,
+        save_every=100,
+        log_every=100,
+        patience=0,
+        stop=lambda: False,
+        dispatch=1,
+        max_skipped=0,
+    ):
         state = TrainState(jnp.int32(self.start), {"w": jnp.float32(self.start)}, ())
         every = {"eval_every": eval_every, "save_every": save_every, "log_every": log_every, "patience": patience}
         task = FakeTask(self.events)
@@ -114,6 +124,7 @@ class Fake:
             steps=steps,
             stop=stop,
             steps_per_dispatch=dispatch,
+            max_skipped=max_skipped,
             **every,
         ):
             self.events.append(f"{record.kind} record {record.step}")
@@ -202,6 +213,39 @@ def test_a_loss_that_is_not_finite_is_found_before_the_last_state_is_saved(tmp_p
     with pytest.raises(NonFiniteLoss, match="at step 2, in the window of steps 0 to 2"):
         list(fake.records(3))
     assert fake.checkpoints.states == {}
+
+
+def test_steps_that_are_not_finite_are_told_and_left_out_of_the_means_until_too_many_come_in_a_row(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    fake = Fake(tmp_path, losses=[1.0, nan, inf, 3.0, nan, nan, nan, 1.0])
+    records = fake.records(8, log_every=4, max_skipped=2)
+    seen = []
+    with pytest.raises(NonFiniteLoss, match="at step 6, in the window of steps 4 to 7, the 3. in a row"):
+        seen.extend(records)
+    alarms = [(r.step, r.figures["skipped"]) for r in seen if r.kind == "alarm"]
+    assert alarms == [(2, 1), (3, 2), (5, 1), (6, 2), (7, 3)]
+    [log] = [r for r in seen if r.kind == "log"]
+    assert log.figures["loss"] == 2.0  # of 1 and 3
+    assert log.figures["steps"] == 4
+
+
+def test_skipped_steps_are_counted_across_windows(tmp_path):
+    fake = Fake(tmp_path, losses=[1.0, float("nan"), float("nan"), 1.0])
+    with pytest.raises(NonFiniteLoss, match="the 2. in a row"):
+        list(fake.records(4, log_every=2, max_skipped=1))
+
+
+def test_a_window_without_an_update_has_no_means(tmp_path):
+    fake = Fake(tmp_path, losses=[float("nan")] * 2)
+    [log] = [r for r in fake.records(2, max_skipped=5) if r.kind == "log"]
+    assert np.isnan(log.figures["loss"])
+
+
+def test_a_loss_far_above_those_before_is_told(tmp_path):
+    losses = [1.0 + 0.01 * (i % 3) for i in range(60)]
+    losses[55] = 2.0
+    alarms = [r for r in Fake(tmp_path, losses=losses).records(60, log_every=10) if r.kind == "alarm"]
+    assert [(r.step, r.figures["loss"], r.figures["median"]) for r in alarms] == [(56, 2.0, pytest.approx(1.01))]
 
 
 def test_a_stop_saves_the_state_and_raises_interrupted(tmp_path):

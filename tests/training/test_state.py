@@ -85,6 +85,23 @@ def test_steps_in_one_call_are_bit_for_bit_those_of_single_calls(tiny, one_devic
         np.testing.assert_array_equal(leaf, one_device[2][name], err_msg=name)
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_step_whose_loss_is_not_finite_counts_and_changes_nothing(tiny, numpy_leaves, value):
+    task, mesh = tiny.task(), tiny.mesh()
+    state, step, _ = tiny.start(task, mesh)
+    state, _, _ = step(state, put_batch(tiny.batch(task, 0), mesh))  # moments that are not 0
+    bias = state.params["discriminator"]["head"]["output"]["bias"]
+    state.params["discriminator"]["head"]["output"]["bias"] = jnp.full_like(bias, value)
+    before = numpy_leaves(state)
+    state, loss, metrics = step(state, put_batch(tiny.batch(task, 1), mesh))
+    assert not np.isfinite(loss + metrics["gradient_norm"].total)
+    after = numpy_leaves(state)
+    assert (before.pop("step"), after.pop("step")) == (1, 2)
+    assert any("mean" in name and leaf.any() for name, leaf in before.items())
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(after[name], leaf, err_msg=name)
+
+
 def test_each_step_of_each_seed_is_drawn_anew(tiny):
     """Equal rows at two steps are masked differently, and so are they under another seed."""
     task, mesh = tiny.task(optimizer={"learning_rate": 1e-9}), tiny.mesh()
