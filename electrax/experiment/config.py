@@ -47,6 +47,7 @@ class PretrainConfig:
     batch_size: int = 128  # rows of a step, over all devices
     init_from: str = ""  # work directory of a run, or a model of another format, whose weights are the start
     profile: bool = False  # trace a few steps and show where their time goes
+    dry_run: bool = False  # only show what a step needs of each device, also of devices that are not there
     steps_per_dispatch: int = 1  # steps that one call takes where nothing is due between them; changes no result
     rows_on_device: Literal["auto", "always", "never"] = "auto"  # training rows; auto: if few for a GPU
     faithful: bool = False  # the reference's known flaws too
@@ -143,6 +144,7 @@ class FinetuneConfig:
     batch_size: int = 32  # rows of a step, over all devices
     init_from: str = ""  # work directory of a run, or a model of another format, whose weights are the start
     profile: bool = False  # trace a few steps and show where their time goes; of one seed
+    dry_run: bool = False  # only show what a step needs of each device, also of devices that are not there
     faithful: bool = False  # the reference's way: summed loss, layer-wise decay off by one
     metric: str = ""  # the score; default: the benchmark's own, or accuracy, f1 (tags, answers), spearman, micro_f1
     freeze_embeddings: bool = False  # they and their projection stay as they are

@@ -19,6 +19,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, finished, read_config
 from electrax.experiment.examples import read_examples, texts_of
 from electrax.experiment.foreign import as_workdir
+from electrax.experiment.plan import Plan, plan_mesh, plan_run
 from electrax.experiment.rows import TaskRows, answer_rows, classify_rows, tag_rows, template_words
 from electrax.experiment.run import (
     HEAD_FILE,
@@ -114,6 +115,8 @@ def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokeni
         return Tokenizer.load(start_of(config.init_from))
     if holds_run(config.workdir):
         return Tokenizer.load(config.workdir)
+    if jax.process_count() == 1:
+        return train_tokenizer(config, examples)
     # trained in one process: training it twice may give two vocabularies
     agreed(lambda: str(train_tokenizer(config, examples).save(config.workdir)))
     return Tokenizer.load(config.workdir)
@@ -255,15 +258,27 @@ def make_rows(
     return dataclasses.replace(rows, head=head)
 
 
+def check(config: FinetuneConfig) -> tuple[FinetuneConfig, Tokenizer, TaskRows, FinetuneTask]:
+    """All rows and everything else, read and checked; writes nothing but, among several processes, a tokenizer."""
+    config = resolve(config)
+    examples = read_examples(config.data, config.head.kind)
+    tokenizer = get_tokenizer(config, examples[0])
+    rows = make_rows(config, tokenizer, examples)
+    return config, tokenizer, rows, make_task(config, tokenizer, rows.head, rows)
+
+
+def plan(config: FinetuneConfig) -> Plan:
+    """What the run would need; writes nothing."""
+    mesh, imagined = plan_mesh(config)
+    config, _, rows, task = check(config)
+    return plan_run(config, task, rows.train.longest(), mesh, config.steps or 1, imagined)
+
+
 def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     """Reads and checks all rows and everything else before step 0."""
     with together():
-        config = resolve(config)
         mesh = mesh_for(config)
-        examples = read_examples(config.data, config.head.kind)
-        tokenizer = get_tokenizer(config, examples[0])
-        rows = make_rows(config, tokenizer, examples)
-        task = make_task(config, tokenizer, rows.head, rows)
+        config, tokenizer, rows, task = check(config)
     keep_config(config, tokenizer, config.init_from or "data.tokenizer")
     agreed(keep_head, config, rows.head)
     epoch = rows.train.buckets.batches

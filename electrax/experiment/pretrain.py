@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from electrax.config import UserError
 from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
 from electrax.data.prepare import PrepareConfig, Progress, prepare
+from electrax.data.rows import row_dtype
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import PretrainConfig
+from electrax.experiment.plan import Plan, plan_mesh, plan_run
 from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for
 from electrax.experiment.start import start_weights
 from electrax.models.sizes import discriminator_shape, generator_shape
@@ -122,6 +124,20 @@ def make_task(
         eval_rows=config.eval.rows,
         seed=config.seed,
     )
+
+
+def plan(config: PretrainConfig) -> Plan:
+    """What the run would need; text that is not prepared counts as its config says, and nothing is written."""
+    mesh, imagined = plan_mesh(config)
+    if (pathlib.Path(config.data.path) / MANIFEST_FILE).is_file():
+        config, corpus = open_corpus(config, QUIET)
+        vocabulary, special = corpus.manifest.vocab_size, corpus.manifest.special_ids
+    else:
+        corpus, vocabulary = None, config.data.vocab_size
+        special = {role: number for number, role in enumerate(("pad", "unk", "cls", "sep", "mask"))}
+    task = make_task(config, vocabulary, special, corpus)
+    example = {"ids": np.zeros((config.batch_size, config.data.max_length), row_dtype(vocabulary))}
+    return plan_run(config, task, example, mesh, config.steps or 1, imagined)
 
 
 def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:

@@ -47,8 +47,8 @@ CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
 HEAD_FILE = "head.json"  # what a fine-tuned head's outputs mean
 WEIGHTS_FILE = "model.safetensors"  # of a model without checkpoints
 # keys that may be other ones when a run is resumed
-MAY_CHANGE = {"workdir", "profile", "seeds", "seeds_at_once", "steps", "epochs", "checkpoint", "eval", "log", "mesh"}
-MAY_CHANGE |= {"steps_per_dispatch", "rows_on_device", "optimizer.microbatch", "optimizer.max_skipped"}
+MAY_CHANGE = {"workdir", "profile", "dry_run", "seeds", "seeds_at_once", "steps", "epochs", "checkpoint", "eval", "log"}
+MAY_CHANGE |= {"mesh", "steps_per_dispatch", "rows_on_device", "optimizer.microbatch", "optimizer.max_skipped"}
 MEMORY_SHARE = 0.8  # of an accelerator that models side by side may take; the rest is for evaluation
 
 

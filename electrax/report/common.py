@@ -19,8 +19,10 @@ from rich.table import Table
 
 from electrax.config import UserError
 from electrax.data.shards import locked, write_atomically
+from electrax.experiment.plan import Plan
 from electrax.experiment.run import RESULTS_FILE, Run, side_by_side, train_side_by_side
 from electrax.models.flops import peak_flops
+from electrax.training.collectives import Collective
 from electrax.training.loop import Interrupted, NonFiniteLoss, Record
 from electrax.training.optim import learning_rate
 from electrax.training.processes import agreed, is_first, together
@@ -80,6 +82,31 @@ def show_steps(run: Run, tokens: str) -> None:
     show_line("steps", f"{run.start:,} to {run.steps:,}" + (" (continued)" if run.start else ""))
     show_line("tokens a step", tokens)
     show_line("FLOPs a step", flops)
+
+
+def show_plan(plan: Plan) -> None:
+    """Bytes of a device, and what a step exchanges."""
+    shape = "x".join(map(str, plan.mesh))
+    show_line("devices", f"{math.prod(plan.mesh)} x {plan.devices}, mesh data x fsdp x model {shape}")
+    show_line("micro-batch", f"{plan.microbatch} rows")
+    parts = {name: getattr(plan, name) for name in ("parameters", "optimizer", "batch", "activations")}
+    parts["together"] = sum(parts.values())
+    show_table("a device holds", ("", "MB"), ((name, f"{size / 1e6:,.2f}") for name, size in parts.items()))
+    if not plan.collectives:
+        console.print("a step exchanges nothing")
+        return
+    kinds: dict[tuple[str, int], list[Collective]] = {}
+    for collective in plan.collectives:
+        kinds.setdefault((collective.kind, collective.group), []).append(collective)
+    rows = (
+        (f"{kind} of {group}", sum(c.times for c in found), *(f"{n / 1e6:,.3f}" for n in _exchanged(found)))
+        for (kind, group), found in sorted(kinds.items())
+    )
+    show_table("a step exchanges", ("", "times", "MB", "MB a device sends"), rows)
+
+
+def _exchanged(found: Sequence[Collective]) -> tuple[float, float]:
+    return sum(c.times * c.size for c in found), sum(c.sent for c in found)
 
 
 @dataclasses.dataclass

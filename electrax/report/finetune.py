@@ -14,7 +14,7 @@ from rich.markup import escape
 from electrax.config import UserError, to_toml
 from electrax.data.shards import write_atomically
 from electrax.experiment.config import FinetuneConfig, read_config
-from electrax.experiment.finetune import evaluate_trained, keep_threshold, resolve, set_up
+from electrax.experiment.finetune import evaluate_trained, keep_threshold, plan, resolve, set_up
 from electrax.experiment.rows import TaskRows
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run, check_continued, holds_run
 from electrax.report.common import (
@@ -23,6 +23,7 @@ from electrax.report.common import (
     console,
     show_line,
     show_machine,
+    show_plan,
     show_steps,
     show_table,
     train_and_track,
@@ -38,6 +39,9 @@ MOST_ROWS, MOST_COLUMNS = 25, 12  # of a table that is shown
 
 def finetune_and_report(config: FinetuneConfig, command: str) -> int:
     """The command `finetune`: one model, or one for each seed. Returns the exit status."""
+    if config.dry_run:
+        show_plan(plan(config))
+        return 0
     if config.seeds == 1:
         results = train_one(config, command)
         return INTERRUPTED if results is None else 0

@@ -11,7 +11,7 @@ from rich.text import Text
 from electrax.data import prepare as preparing
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import PretrainConfig
-from electrax.experiment.pretrain import evaluate_newest, set_up
+from electrax.experiment.pretrain import evaluate_newest, plan, set_up
 from electrax.experiment.run import Run
 from electrax.models.flops import paper_step
 from electrax.report.common import (
@@ -20,6 +20,7 @@ from electrax.report.common import (
     console,
     show_line,
     show_machine,
+    show_plan,
     show_steps,
     train_and_track,
     write_results,
@@ -116,6 +117,9 @@ def expected_first_loss(run: Run) -> str:
 
 def pretrain_and_report(config: PretrainConfig, command: str) -> int:
     """The command `pretrain`: sets up, trains, reports. Returns the exit status."""
+    if config.dry_run:
+        show_plan(plan(config))
+        return 0
     with alone(config.workdir):
         run = set_up(config, PrepareProgress())
         show_preflight(run)
