@@ -184,7 +184,9 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
         value = [value] if isinstance(value, str) else value
         return tuple(_convert(typing.get_args(hint)[0], item, origin, key) for item in value)
     if isinstance(value, str) and not _is_plain(value):
-        raise UserError(f"{origin}: {key} is {json.dumps(value)}, but must be text without NUL, DEL and half surrogates")
+        raise UserError(
+            f"{origin}: {key} is {json.dumps(value)}, but must be text without NUL, DEL and half surrogates"
+        )
     if not _is_sane(value):
         raise UserError(f"{origin}: {key} is {value}, but must be finite, and a whole number of at most 64 bits")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):

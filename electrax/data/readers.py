@@ -16,7 +16,7 @@ from electrax.data.outside import parse_json, read_value
 
 TFDS_PREFIX = "tfds:"
 COMPRESSED = (".gz", ".xz", ".zst")
-# More bytes than MOST_ALWAYS that come of so many times fewer are taken for an attack; text gives 3 to 20 times as many.
+# More bytes than MOST_ALWAYS out of MOST_TIMES fewer are taken for an attack; text gives 3 to 20 times as many.
 MOST_ALWAYS, MOST_TIMES = 256 << 20, 250
 
 

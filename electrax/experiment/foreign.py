@@ -19,7 +19,7 @@ from electrax.convert.config_json import infer_config
 from electrax.convert.hub import TOKENIZERS, from_hub
 from electrax.convert.model import CONSTANT, THE_SAME, Head, Model
 from electrax.convert.weights import write_tree
-from electrax.data.encoded import cache_folder
+from electrax.data.encoded import cache_folder, own_cache
 from electrax.data.shards import new_directory, write_atomically
 from electrax.data.tokenizer import LONGEST_WORD, Tokenizer
 from electrax.experiment.config import (
@@ -63,7 +63,11 @@ def as_workdir(source: str | os.PathLike) -> pathlib.Path:
     if (path / CONFIG_FILE).is_file():
         return path
     path = find(os.fspath(source))
-    kept = cache_folder() / "models" / _fingerprint(path)
+    fingerprint = _fingerprint(path)
+    try:
+        kept = own_cache("models") / fingerprint
+    except OSError as error:
+        raise UserError(f"{cache_folder()}: {error.strerror}") from None
     try:
         if not (kept / CONFIG_FILE).is_file():
             report = convert_foreign(ConvertConfig(source=str(path), out=str(kept)))

@@ -104,7 +104,7 @@ def predict_tests(config: GlueConfig, name: str, workdir: str) -> list[pathlib.P
         bad.close(config.path)
         rows = model.predict([example.texts for example in examples])
         path = pathlib.Path(config.workdir) / "leaderboard" / task.leaderboard_file(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         predictions = [row["label"] if task.classes else min(max(row["value"], 0.0), 5.0) for row in rows]
         write_leaderboard(task, [example.id for example in examples], predictions, path)
         written.append(path)

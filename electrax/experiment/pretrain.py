@@ -41,7 +41,7 @@ def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConf
         options = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name != "path"}
         wanted = PrepareConfig(texts=(texts,), out=str(path), seed=config.seed, **options)
         if not (path / MANIFEST_FILE).is_file():
-            workdir.mkdir(parents=True, exist_ok=True)
+            workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with progress as report:
                 prepare(wanted, report)
         corpus = Corpus.open(path)
@@ -68,7 +68,8 @@ def check_prepared(wanted: PrepareConfig, corpus: Corpus) -> None:
                 f"{corpus.directory} was prepared with data.{key} = {made.get(key)!r}, now {getattr(wanted, key)!r}; "
                 "take another workdir, or remove that directory"
             )
-    source = str(next(iter(made.get("texts") or ()), ""))
+    texts = made.get("texts")
+    source = str(texts[0]) if isinstance(texts, list) and texts else ""
     if pathlib.Path(wanted.texts[0]).name != pathlib.Path(source).name:
         raise UserError(
             f"{corpus.directory} was prepared from {source}, not from {wanted.texts[0]}; "

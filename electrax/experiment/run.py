@@ -214,7 +214,7 @@ def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
     """Writes config.toml and the tokenizer (that of `data`) into the work directory. Raises UserError where
     checkpoints are kept there of a run that this one does not continue."""
     workdir = pathlib.Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if holds_run(workdir):
         check_continued(config)
         if Tokenizer.load(workdir).sha256 != tokenizer.sha256:

@@ -107,7 +107,7 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
     came into, because the input is wrong, goes again."""
     workdir = pathlib.Path(workdir)
     made = [path for path in (workdir, *workdir.parents) if not path.exists()]
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         with locked(workdir, "run") if jax.process_index() == 0 else contextlib.nullcontext():
             yield

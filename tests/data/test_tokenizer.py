@@ -220,7 +220,7 @@ def test_the_truncation_and_padding_of_a_tokenizer_json_are_turned_off(tmp_path)
         ("tokenizer.json", "{}", "not a tokenizer.json"),
         ("tokenizer.model", "x", "not a SentencePiece model"),
         ("vocab.csv", "x", "ending in .json, .model or .txt"),
-        ("gone/", None, "cannot read the tokenizer"),
+        ("gone/", None, "cannot be read .*; expected a tokenizer"),
     ],
 )
 def test_a_bad_tokenizer_file_is_named(tmp_path, name, content, message):
