@@ -110,8 +110,9 @@ class Tokenizer:
         """Write tokenizer.json or tokenizer.model into `directory`; returns the file."""
         path = Path(directory) / (SENTENCEPIECE_FILE if self._sentencepiece else HUGGING_FACE_FILE)
         temporary = path.with_name(path.name + ".tmp")
+        temporary.unlink(missing_ok=True)
         temporary.write_bytes(self._serialized)
-        os.replace(temporary, path)  # and what a link that is there leads to stays as it is
+        os.replace(temporary, path)  # so that what a link there leads to stays as it is
         return path
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
