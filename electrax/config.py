@@ -97,10 +97,10 @@ def _parse_toml(text: str) -> dict[str, Any]:
 def is_deeper(value: Any, most: int) -> bool:
     """Whether dictionaries and lists lie in one another more than `most` deep."""
     layer = [value]
-    for _ in range(most + 1):
+    for _ in range(most):
         holders = (item.values() if isinstance(item, dict) else item for item in layer if isinstance(item, dict | list))
         layer = [item for holder in holders for item in holder]
-    return bool(layer)
+    return any(isinstance(item, dict | list) for item in layer)
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

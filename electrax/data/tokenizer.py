@@ -194,7 +194,13 @@ def _from_json(data: bytes | str, source: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    return Tokenizer(backend, text.encode(), source)
+    try:
+        backend.encode("\U000f0000")  # for private use, so that an unknown token is needed
+        return Tokenizer(backend, text.encode(), source)
+    except UserError:
+        raise
+    except Exception as error:  # as bare
+        raise UserError(f"{source}: cannot encode text ({error})") from None
 
 
 def _from_model(data: bytes, source: str) -> Tokenizer:
