@@ -116,15 +116,17 @@ def _help(cls: type, program: str, arguments: Sequence[str]) -> bool:
 
 
 def use_compilation_cache() -> None:
-    """Compiled programs are kept in the user's cache directory, so that the next start is quick."""
+    """Compiled programs are kept in the user's cache directory, so that the next start is quick; in one where others
+    could have put a program they are not."""
     import jax
 
-    from electrax.data.encoded import cache_folder
+    from electrax.data.encoded import own_cache
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = cache_folder() / "jax"
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(own_cache("jax")))
+        except (OSError, UserError) as error:
+            logging.getLogger("electrax").warning("compiled programs are not kept: %s", error)
 
 
 def prepare_command(arguments: Sequence[str]) -> int:

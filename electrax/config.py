@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 import pathlib
+import re
 import tomllib
 import types
 import typing
@@ -13,12 +15,25 @@ from typing import Any, Literal, TypeVar
 
 Config = TypeVar("Config")
 
+LONGEST_MESSAGE = 2000  # characters
+MAX_TOML_BYTES = 64 << 10  # the time that tomllib takes for a key of many dots grows with its square
+MAX_DEPTH = 64  # of tables and lists in it; whoever walks through them may recurse
+
 
 class UserError(Exception):
     """Wrong input from outside: one line that names the file, line or key and what was expected.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. What is quoted of the input can neither
+    break the line, nor control the terminal, nor be of any length.
     """
+
+    def __init__(self, message: str):
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", _escaped, message[: LONGEST_MESSAGE + 1])
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "…")
+
+
+def _escaped(match: re.Match) -> str:
+    return match[0].encode("unicode_escape").decode()
 
 
 def shipped_configs() -> pathlib.Path:
@@ -48,20 +63,44 @@ def read_toml(path: str | os.PathLike, heirs: Sequence[pathlib.Path] = ()) -> di
     """
     path = pathlib.Path(path)
     try:
-        own = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(MAX_TOML_BYTES + 1)
+        if len(text) > MAX_TOML_BYTES:
+            raise UserError(f"{path}: expected a config of at most {MAX_TOML_BYTES >> 10} KiB")
+        own = _parse_toml(text.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: not TOML: {error}") from None
     base = own.pop("base", "")
     if not base:
         return own
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise UserError(f"{path}: base is {json.dumps(base, default=str)}, but must be the name of a TOML file")
     parent, heirs = path.parent / base, [*heirs, path.resolve()]
     if parent.resolve() in heirs:
         raise UserError(f"{path}: base {base} leads back to the file itself")
     return merge(read_toml(parent, heirs), own)
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """ValueError for what is no TOML, or too deep."""
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if is_deeper(values, MAX_DEPTH):
+        raise ValueError(f"nested deeper than {MAX_DEPTH}")
+    return values
+
+
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether dictionaries and lists lie in one another more than `most` deep."""
+    layer = [value]
+    for _ in range(most):
+        holders = (item.values() if isinstance(item, dict) else item for item in layer if isinstance(item, dict | list))
+        layer = [item for holder in holders for item in holder]
+    return any(isinstance(item, dict | list) for item in layer)
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,8 +138,8 @@ def _parse_value(text: str) -> Any:
     if text in ("True", "False"):  # as --help shows them
         return text == "True"
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return str(text)
 
 
@@ -144,15 +183,30 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
     if kind is tuple and isinstance(value, (str, list, tuple)):
         value = [value] if isinstance(value, str) else value
         return tuple(_convert(typing.get_args(hint)[0], item, origin, key) for item in value)
+    if isinstance(value, str) and not _is_plain(value):
+        raise UserError(
+            f"{origin}: {key} is {json.dumps(value)}, but must be text without NUL, DEL and half surrogates"
+        )
+    if not _is_sane(value):
+        raise UserError(f"{origin}: {key} is {value}, but must be finite, and a whole number of at most 64 bits")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)
     if type(value) is hint or value in choices:
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     expected = f"one of {', '.join(map(str, choices))}" if choices else names.get(hint, "a list")
     raise UserError(f"{origin}: {key} is {json.dumps(value, default=str)}, but must be {expected}")
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it can stand in TOML as JSON writes it, and in the name of a file."""
+    return not re.search("[\0\x7f\ud800-\udfff]", text)
+
+
+def _is_sane(value: Any) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or abs(value) < 2**63
 
 
 def load(cls: type[Config], path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:

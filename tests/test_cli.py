@@ -335,3 +335,25 @@ def test_a_run_may_start_from_the_weights_of_another_of_the_same_shape(trained, 
 
 def test_the_shipped_config_of_the_help_text_exists():
     assert find_config("tiny", "pretrain").is_file()
+
+
+def test_compiled_programs_are_not_taken_from_a_cache_that_others_can_write_into(tmp_path, monkeypatch, caplog):
+    import jax
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for mode, expected in {0o700: str(tmp_path / "electrax" / "jax"), 0o770: None}.items():
+            jax.config.update("jax_compilation_cache_dir", None)
+            (tmp_path / "electrax").mkdir(exist_ok=True)
+            (tmp_path / "electrax").chmod(mode)
+            cli.use_compilation_cache()
+            assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert "compiled programs are not kept" in caplog.text
+
+
+def test_a_work_directory_that_a_command_makes_is_its_users_alone(tmp_path):
+    with alone(tmp_path / "run"):
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700

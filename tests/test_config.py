@@ -232,3 +232,38 @@ def test_a_bare_name_is_a_shipped_config_and_a_path_is_a_file(tmp_path, monkeypa
 
 def test_the_checkout_ships_its_configs():
     assert find_config("tiny", "pretrain").read_text().startswith("#")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a = " + "[" * 65 + "]" * 65, "not TOML: nested deeper than 64"),
+        ("a = " + "[" * 5000, "not TOML: nested too deeply"),
+        ("a." * 100 + "a = 1", "not TOML: nested deeper than 64"),
+        ("steps = " + "1" * 5000, "not TOML: Exceeds the limit"),
+        ("a." * 40_000 + "a = 1", "expected a config of at most 64 KiB"),
+        ('base = "a\\u0000"', "must be the name of a TOML file"),
+    ],
+)
+def test_a_file_that_would_take_long_or_break_its_reader_is_refused(tmp_path, text, message):
+    (tmp_path / "f.toml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_toml(tmp_path / "f.toml")
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**64), 10**30, float("inf"), float("nan")])
+def test_numbers_are_finite_and_whole_ones_of_64_bits(value):
+    for key in ("rate", "layers"):
+        with pytest.raises(UserError, match=f"f.toml: inner.{key} is .*, but must be"):
+            build(Outer, {"inner": {key: value}}, "f.toml")
+
+
+@pytest.mark.parametrize("text", ["a\0", "a\x7f", "\ud800"])
+def test_a_text_that_no_file_could_keep_is_refused(text):
+    with pytest.raises(UserError, match="f.toml: name is .*, but must be text without NUL"):
+        build(Outer, {"name": text}, "f.toml")
+
+
+def test_an_error_is_one_line_of_a_bounded_length_that_does_not_control_the_terminal():
+    assert str(UserError("a\nb\x1b[2J\u2028é")) == r"a\nb\x1b[2J\u2028é"
+    assert len(str(UserError("x" * 10**6))) == 2001

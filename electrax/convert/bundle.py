@@ -15,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from electrax.config import UserError
+from electrax.data.outside import read_bytes
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 FOOTER = 48  # bytes
+MAX_INDEX_BYTES = 8 << 20  # BERT-large's with all slots of its optimizer is of 0.1 MB
 LONGEST_NAME = 1024  # of a key; names share beginnings, so that a small table could hold very much
 DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 9: np.int64, 19: np.float16}
 OBJECTS = "_CHECKPOINTABLE_OBJECT_GRAPH"  # in what TensorFlow 2's tf.train.Checkpoint writes
@@ -43,7 +45,7 @@ def read_bundle(
     Raises UserError for a damaged or missing file, and for what ELECTRA's and BERT's programs do not write: compressed
     blocks, partitioned variables, types other than numbers."""
     try:
-        table = _read_table(index.read_bytes())
+        table = _read_table(read_bytes(index, MAX_INDEX_BYTES))
         left_out = {name: reason for name in table if (reason := unwanted(name))}
         shards, places = _read_entries(table, left_out)
     except OSError as error:

@@ -13,6 +13,7 @@ from electrax.config import UserError
 from electrax.convert import names
 from electrax.convert.model import Head
 from electrax.convert.safetensors import parse_json
+from electrax.data.outside import read_bytes
 from electrax.data.tokenizer import Tokenizer
 from electrax.models.encoder import EncoderConfig
 
@@ -64,10 +65,7 @@ SUMMARY = {"summary_type": "first", "summary_use_proj": True, "summary_activatio
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a file. Raises UserError where it is missing or damaged."""
-    try:
-        return parse_json(path, path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse_json(path, read_bytes(path))
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub."""
+"""Models of the Hugging Face hub, named `hub:NAME`: nothing else is looked for on a network."""
 
 import importlib.util
 import os
@@ -10,21 +10,28 @@ from electrax.convert.config_json import CONFIG_FILE, PAIR, read_json
 from electrax.convert.weights import READERS, TORCH_FILE
 from electrax.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE
 
+HUB_PREFIX = "hub:"
 TOKENIZERS = (HUGGING_FACE_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE)
 
 
-def from_hub(name: str) -> pathlib.Path | None:
-    """The local folder of a model of the Hugging Face hub: from the cache at once, or downloaded. None where `name` is
-    not of the form of such a name; UserError where it can be had neither way."""
-    import huggingface_hub
+def is_name(name: str) -> bool:
+    """Whether it has the form of a name on the hub."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    if not name.isascii():  # which older versions of the library let pass
-        return None
+        return False
+    return name.isascii()  # which older versions of the library do not ask for
+
+
+def from_hub(name: str) -> pathlib.Path:
+    """The local folder of a model of the Hugging Face hub: from the cache at once, or downloaded. UserError where it
+    can be had neither way."""
+    import huggingface_hub
+
+    if not is_name(name):
+        raise UserError(f"{HUB_PREFIX}{name}: no name of a model on the Hugging Face hub, as google/electra-small")
     cached = _cached(name)
     if cached and any((folder / file).is_file() for folder in (cached, cached / PAIR[0]) for file in TOKENIZERS):
         return cached
@@ -36,8 +43,7 @@ def from_hub(name: str) -> pathlib.Path | None:
             return cached
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name}: no such file or directory, not whole in the cache of the Hugging Face hub, and it cannot be "
-            f"fetched: {reason}"
+            f"{HUB_PREFIX}{name}: not whole in the cache of the Hugging Face hub, and it cannot be fetched: {reason}"
         ) from None
     return pathlib.Path(found)
 

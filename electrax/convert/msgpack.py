@@ -3,6 +3,7 @@
 import math
 import mmap
 import pathlib
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from electrax.convert.safetensors import DTYPES, MAX_DIMENSIONS, Stored, is_shap
 FLAX_DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 CHUNKED = "__msgpack_chunked_array__"  # of an array above 1 GiB, which Flax cuts into flat ones
 MAX_DEPTH = 32  # a tensor of BERT is 8 deep
+LONGEST_KEY = 1024  # characters; a tensor's name has all those above it, so that a small file could hold very long ones
 # codes of msgpack: values of no length; integers of so many bytes; kinds with a length of so many bytes
 CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 INTEGERS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
@@ -38,7 +40,7 @@ def read_msgpack(path: pathlib.Path) -> dict[str, np.ndarray]:
         return unique(_tensors(path, tree))
     except IndexError:
         raise UserError(f"{path}: expected a tree of arrays in msgpack (cut short)") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: expected a tree of arrays in msgpack ({error})") from None
 
 
@@ -110,8 +112,8 @@ def _unpack_items(data: mmap.mmap, at: int, kind: str, length: int, depth: int) 
     for _ in range(length):
         item, at = _unpack(data, at, depth)
         if kind == "map":
-            if not isinstance(item, str):
-                raise ValueError(f"the key {item!r}")
+            if not isinstance(item, str) or len(item) > LONGEST_KEY:
+                raise ValueError(f"the key {reprlib.repr(item)}")
             value, at = _unpack(data, at, depth)
             item = item, value
         items.append(item)

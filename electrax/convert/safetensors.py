@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from electrax.config import UserError
+from electrax.data.outside import parse_json as parse_value
 from electrax.data.shards import sync_directory
 
 DTYPES = {
@@ -122,8 +123,8 @@ def is_shape(shape: Any) -> bool:
 def parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
     """The object of a JSON text out of a file. Raises UserError where it is none, or has a key twice."""
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        content = parse_value(text.decode("utf-8"), unique)
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object of JSON")

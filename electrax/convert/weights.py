@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -13,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from electrax.config import UserError
 from electrax.convert.msgpack import read_msgpack
 from electrax.convert.safetensors import parse_json, read_checked, read_safetensors, unique, write_safetensors
+from electrax.data.outside import is_file_name, read_bytes
 from electrax.tasks.base import Params
 
 TORCH_FILE = "pytorch_model.bin"
@@ -46,12 +48,12 @@ def _new_name(name: str) -> str:
 
 def _read_shards(index: pathlib.Path, read: Callable[[pathlib.Path], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The tensors of all files that an index names."""
-    files = parse_json(index, index.read_bytes()).get("weight_map")
+    files = parse_json(index, read_bytes(index)).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index}: expected a weight_map of tensors' names to files")
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(set(files.values())):
-        if file in ("", ".", "..") or os.path.basename(file) != file:
+        if not is_file_name(file):
             raise UserError(f"{index}: names the shard {file!r}; expected a file beside it")
         if not os.path.isfile(index.parent / file):
             raise UserError(f"{index}: the shard {file!r} is missing")
@@ -71,6 +73,10 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(f"{path}: only PyTorch reads it, which is not installed; expected model.safetensors") from None
+    version = [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]]
+    if version < [2, 6]:
+        raise UserError(f"{path}: torch {torch.__version__} can be made to run code by a file (CVE-2025-32434); "
+                        "expected torch 2.6 or newer, or model.safetensors")  # fmt: skip
     size, arrays = path.stat().st_size, {}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from electrax.config import UserError
-from electrax.data.tokenizer import Tokenizer
+from electrax.data.outside import is_file_name, read_value
+from electrax.data.tokenizer import SPECIAL_NAMES, Tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -54,16 +55,35 @@ class Manifest:
         """The manifest as JSON."""
         return json.dumps(asdict(self), indent=1)
 
+    def check(self) -> None:
+        """Raises ValueError naming what is not as `prepare` writes it: shards may only lie in the corpus itself, and
+        what is said of them must fit together, since rows are found by it."""
+        sizes = {"vocab_size": (1, 2**31), "max_length": (1, 2**20)}
+        for key, (least, end) in sizes.items():
+            _expect(_is_count(getattr(self, key), least, end), key)
+        _expect(self.dtype in ("uint16", "uint32"), "dtype")
+        _expect(all(isinstance(text, str) for text in (self.tokenizer_sha256, self.layout)), "tokenizer_sha256, layout")
+        ids = self.special_ids
+        _expect(isinstance(ids, dict) and ids.keys() == SPECIAL_NAMES.keys(), "special_ids")
+        _expect(all(_is_count(number, 0, self.vocab_size) for number in ids.values()), "special_ids")
+        _expect(isinstance(self.counts, dict) and isinstance(self.config, dict), "counts, config")
+        for name, split in self.splits.items():
+            counts = (split.rows, split.tokens, split.documents, *(shard.rows for shard in split.shards))
+            _expect(all(_is_count(number, 0, 2**63) for number in counts), f"splits.{name}")
+            for shard in split.shards:
+                _expect(is_file_name(shard.file), f"splits.{name}: the shard {shard.file!r}")
+                _expect(isinstance(shard.sha256, str), f"splits.{name}: the shard {shard.file!r}")
+            rows = [shard.rows for shard in split.shards] or [0]
+            fit = set(rows[:-1]) <= {rows[0]} and rows[-1] <= rows[0] and (0 not in rows or not split.shards)
+            _expect(fit and sum(rows) == split.rows, f"splits.{name}: the rows of its shards")
+
     @staticmethod
     def read(directory: str | Path) -> "Manifest":
         """Raises UserError naming the file if it is missing, is no manifest or has another format version."""
         path = Path(directory) / MANIFEST_FILE
-        try:
-            raw = json.loads(path.read_bytes())
-        except OSError:
-            raise UserError(f"{path}: no such file; expected a directory made by `electrax prepare`") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected a directory made by `electrax prepare`")
+        raw = read_value(path)
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
             raise UserError(f"{path}: expected format_version {FORMAT_VERSION}, found {version}")
@@ -72,9 +92,20 @@ class Manifest:
                 name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
                 for name, split in raw["splits"].items()
             }
-            return Manifest(**raw)
-        except (TypeError, KeyError, AttributeError) as error:
+            manifest = Manifest(**raw)
+            manifest.check()
+            return manifest
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise UserError(f"{path}: not a manifest of format {FORMAT_VERSION} ({error})") from None
+
+
+def _is_count(value: object, least: int, end: int) -> bool:
+    return type(value) is int and least <= value < end
+
+
+def _expect(true: bool, what: str) -> None:
+    if not true:
+        raise ValueError(f"{what}: not as `prepare` writes it")
 
 
 class Corpus:
@@ -127,11 +158,14 @@ class Corpus:
     def _map(self, shard: Shard) -> np.ndarray:
         path, dtype = self.directory / shard.file, np.dtype(self.manifest.dtype)
         expected = shard.rows * self.manifest.max_length * dtype.itemsize
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{path}: missing; the manifest names it")
         if path.stat().st_size != expected:
             raise UserError(f"{path}: expected {expected} bytes, found {path.stat().st_size}")
-        return np.memmap(path, dtype, mode="r", shape=(shard.rows, self.manifest.max_length))
+        try:
+            return np.memmap(path, dtype, mode="r", shape=(shard.rows, self.manifest.max_length))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from electrax.config import UserError
 from electrax.data.batches import LengthBuckets
+from electrax.data.outside import own_folder
 from electrax.data.tokenizer import Tokenizer
 
 CACHE_VERSION = 1
 DIGEST_BYTES = 32  # SHA-256, at the start of a file of the cache
+log = logging.getLogger("electrax")
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,23 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "electrax"
 
 
+def own_cache(kind: str) -> pathlib.Path:
+    """The folder of one kind of thing in the user's cache. UserError where others could have put something there:
+    programs and weights are taken from it."""
+    return own_folder(own_folder(cache_folder()) / kind)
+
+
 def kept(build: Callable[[], TokenRows], *content: object) -> TokenRows:
     """What `build` makes, from the cache where the same `content` (JSON values) was built before.
 
-    A damaged file of the cache is built again; a cache that cannot be written is done without.
+    A damaged file of the cache is built again; a cache that cannot be written, or is not the user's, is done without.
     """
     key = hashlib.sha256(json.dumps([CACHE_VERSION, *content]).encode("utf-8", "surrogatepass")).hexdigest()
-    path = cache_folder() / "rows" / f"{key}.npz"
+    try:
+        path = own_cache("rows") / f"{key}.npz"
+    except (OSError, UserError) as error:
+        log.warning("encoded rows are not kept: %s", error)
+        return build()
     rows = _read_rows(path)
     if rows is None:
         rows = build()
@@ -161,7 +175,7 @@ def _read_rows(path: pathlib.Path) -> TokenRows | None:
     digest, packed = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(packed).digest() != digest:
         return None
-    with np.load(io.BytesIO(packed)) as file:
+    with np.load(io.BytesIO(packed), allow_pickle=False) as file:
         arrays = dict(file)
     tokens = {name.removeprefix("token_"): a for name, a in arrays.items() if name.startswith("token_")}
     fields = {name.removeprefix("field_"): a for name, a in arrays.items() if name.startswith("field_")}
@@ -175,7 +189,6 @@ def _write_rows(path: pathlib.Path, rows: TokenRows) -> None:
     np.savez(packed, starts=rows.starts, **arrays)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(partial, "wb") as file:
             file.write(hashlib.sha256(packed.getbuffer()).digest())
             file.write(packed.getbuffer())

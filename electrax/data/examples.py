@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import lzma
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from electrax.config import UserError
+from electrax.data.outside import MAX_DOCUMENT_BYTES, parse_json
 from electrax.data.readers import _decompressed, _zstd_error
 
 MAX_LINE_BYTES = 16 << 20  # of a line, and of a cell that runs over several
@@ -174,14 +174,16 @@ def _decoded(data: bytes, codec: str) -> tuple[str, Fault | None]:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """A whole file, perhaps compressed, as one JSON value; anything else is a UserError."""
+    """A whole file, perhaps compressed, as one JSON value; anything else, or too much of it, is a UserError."""
     with open_binary(path) as file:
-        data = file.read()
+        data = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise UserError(f"{os.fspath(path)}: expected at most {MAX_DOCUMENT_BYTES:,} bytes of JSON")
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return parse_json(data)
     except UnicodeDecodeError as error:
         raise UserError(f"{os.fspath(path)}, byte {error.start + 1}: expected UTF-8 ({error.reason})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{os.fspath(path)}: expected JSON ({error})") from None
 
 

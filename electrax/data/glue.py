@@ -82,7 +82,7 @@ def write_leaderboard(
         if task.classes and prediction not in task.classes:
             raise ValueError(f"{task.title}: expected one of {', '.join(task.classes)}, found {prediction!r}")
         lines.append(f"{index}\t{prediction if task.classes else format(prediction, '.3f')}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_atomically(Path(path), "\n".join(lines) + "\n")
 
 

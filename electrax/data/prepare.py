@@ -122,7 +122,7 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] = lambda
         if config.on_bad_input == "error" and not source.size():
             raise UserError(f"{source.name}: expected text, found an empty file")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True, mode=0o700)
         with locked(partial, "`prepare`"):
             return _prepare(config, sources, out, partial, progress)
     except OSError as error:

@@ -70,7 +70,8 @@ class ShardWriter:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by `text`, all or nothing."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", buffering=0) as file:
+    temporary.unlink(missing_ok=True)  # a link that somebody left there must not be followed
+    with open(temporary, "xb", buffering=0) as file:
         _write_all(file, text.encode())
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -107,15 +108,16 @@ def locked(directory: Path, work: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `path` when all is written. UserError where something is there, and for
-    whatever the system refuses meanwhile."""
+    """A directory to write into, for its user alone, which becomes `path` when all is written. UserError where
+    something is there, and for whatever the system refuses meanwhile."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: is there already; expected a new or empty directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o700
         made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            made.chmod(0o755)
+            made.chmod(mode)
             yield made
             os.replace(made, path)
             sync_directory(path.parent)

@@ -1,6 +1,5 @@
 """Questions on a context: SQuAD's JSON (1.1 and 2.0) and MRQA's JSON lines."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from electrax.data.examples import (
     short,
     text_fault,
 )
+from electrax.data.outside import parse_json
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def _mrqa_record(text: str) -> dict[str, Any] | Fault:
     if not text.strip():
         return {}
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(text)
+    except ValueError as error:
         return Fault("JSON", f"expected one JSON object a line ({error})")
     if isinstance(record, dict) and "header" in record:
         return {}

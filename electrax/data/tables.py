@@ -2,7 +2,6 @@
 
 import csv
 import difflib
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from electrax.data.examples import (
     short,
     text_fault,
 )
+from electrax.data.outside import parse_json
 from electrax.data.readers import COMPRESSED, TFDS_PREFIX, find_sources
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
@@ -137,7 +137,8 @@ def _plain(value: Any) -> Any:
 def _missing(name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"no column {name!r}; {hint}its columns are {', '.join(map(short, names)) or 'none'}"
+    shown = ", ".join(map(short, names[:20])) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
+    return f"no column {name!r}; {hint}its columns are {shown or 'none'}"
 
 
 # -- separated values --------------------------------------------------------------------------------------------------
@@ -195,20 +196,24 @@ def _cells(path: str, delimiter: str) -> Iterator[tuple[int, int, list[str] | Fa
     """(first line, last line, cells) of each row that is not blank. A row with a fault in one of its lines has the
     fault instead; a quoted cell may hold newlines."""
     faults: list[Fault] = []
-    ended = False
+    ended, size = False, 0
 
     def feed() -> Iterator[str]:
-        nonlocal ended
+        nonlocal ended, size
         for line in read_lines(path):
             if line.fault:
                 faults.append(line.fault)
+            size += len(line.text)
+            if size > max(2 * MAX_LINE_BYTES, len(line.text)):  # cell after cell with line after line in each
+                raise UserError(f"{path}, line {line.number}: expected a row to end within {2 * MAX_LINE_BYTES >> 20} "
+                                "MiB (a stray quotation mark?)")  # fmt: skip
             yield line.text
         ended = True
 
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # the library's own limit is 128 KiB
     reader = csv.reader(feed(), delimiter=delimiter, strict=True)
     while True:
-        first, cells = reader.line_num + 1, None
+        first, cells, size = reader.line_num + 1, None, 0
         try:
             cells = next(reader)
         except StopIteration:
@@ -245,8 +250,8 @@ def _json_records(path: str) -> Records:
 
 def _json_object(text: str) -> dict[str, Any] | Fault:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         return Fault("JSON", f"expected one JSON object a line ({error})")
     return value if isinstance(value, dict) else Fault("JSON", f"expected a JSON object, found {short(value)}")
 
@@ -269,7 +274,9 @@ def _parquet_records(path: str, columns: list[str]) -> Records:
                     yield f"{path}, row {row}", record
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: pyarrow's own errors, and broken UTF-8
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file leads pyarrow into errors of many kinds
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}, after row {row}: expected a Parquet file ({reason})") from None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, SupportsInt
 
 from electrax.config import UserError
+from electrax.data.outside import read_bytes
 
 # For each role the names in use, best first. The order is also the order of ids in a vocabulary trained here.
 SPECIAL_NAMES = {
@@ -20,6 +21,8 @@ SPECIAL_NAMES = {
 }
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]
 LONGEST_WORD = 200  # characters, the reference's
+MAX_TOKENIZER_BYTES = 256 << 20  # of one with 250,000 tokens, 20 MB
+LARGEST_VOCABULARY = 1 << 24  # a table of embeddings has a row for each number
 KINDS = ("wordpiece", "bpe", "unigram", "sentencepiece-bpe")
 HUGGING_FACE_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE = "tokenizer.json", "tokenizer.model", "vocab.txt"
 
@@ -42,6 +45,8 @@ class Tokenizer:
         else:
             vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise UserError(f"{source}: expected token numbers below {LARGEST_VOCABULARY:,}")
         found = {role: next((n for n in names if n in vocabulary), None) for role, names in SPECIAL_NAMES.items()}
         missing = [" or ".join(SPECIAL_NAMES[role]) for role, name in found.items() if name is None]
         if missing:
@@ -73,9 +78,9 @@ class Tokenizer:
                 raise UserError(f"{path}: expected one of {', '.join(names)} in it")
             path = found
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
+            data = read_bytes(path, MAX_TOKENIZER_BYTES)
+        except UserError as error:
+            raise UserError(f"{error}; expected a tokenizer") from None
         match path.suffix:
             case ".json":
                 return _from_json(data, str(path))
@@ -104,9 +109,10 @@ class Tokenizer:
     def save(self, directory: str | Path) -> Path:
         """Write tokenizer.json or tokenizer.model into `directory`, all or nothing; returns the file."""
         path = Path(directory) / (SENTENCEPIECE_FILE if self._sentencepiece else HUGGING_FACE_FILE)
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_bytes(self._serialized)
-        os.replace(partial, path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.write_bytes(self._serialized)
+        os.replace(temporary, path)  # so that what a link there leads to stays as it is
         return path
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -188,7 +194,13 @@ def _from_json(data: bytes | str, source: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    return Tokenizer(backend, text.encode(), source)
+    try:
+        backend.encode("\U000f0000")  # for private use, so that an unknown token is needed
+        return Tokenizer(backend, text.encode(), source)
+    except UserError:
+        raise
+    except Exception as error:  # as bare
+        raise UserError(f"{source}: cannot encode text ({error})") from None
 
 
 def _from_model(data: bytes, source: str) -> Tokenizer:
@@ -211,7 +223,8 @@ def _read_vocabulary(data: bytes, path: Path) -> dict[str, int]:
     vocabulary: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if vocabulary.setdefault(token.rstrip("\r"), i) != i:
-            raise UserError(f"{path}, line {i + 1}: the token {token!r} is already in line {vocabulary[token] + 1}")
+            first = vocabulary[token.rstrip("\r")] + 1
+            raise UserError(f"{path}, line {i + 1}: the token {token!r} is already in line {first}")
     return vocabulary
 
 

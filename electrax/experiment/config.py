@@ -1,12 +1,12 @@
 """What a run can be told: the keys of its TOML file and of the command line, with their defaults."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Literal
 
 from electrax.config import UserError, build, read_toml
+from electrax.data.outside import is_file_name, read_object
 from electrax.data.templates import check_template
 from electrax.experiment.examples import ExamplesConfig
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE
@@ -207,7 +207,9 @@ def finished(workdir: str | os.PathLike) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     if read_config(workdir).seeds == 1:
         return workdir
-    try:
-        return workdir / json.loads((workdir / RESULTS_FILE).read_text(encoding="utf-8"))["best"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{workdir}: its seeds are not all trained yet; run its command again") from None
+    if not (workdir / RESULTS_FILE).is_file():
+        raise UserError(f"{workdir}: its seeds are not all trained yet; run its command again")
+    best = read_object(workdir / RESULTS_FILE).get("best")
+    if not is_file_name(best):
+        raise UserError(f"{workdir / RESULTS_FILE}: expected the name of a folder beside it as the best run")
+    return workdir / best

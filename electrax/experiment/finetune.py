@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from electrax.config import UserError
 from electrax.data.examples import BadRows, Example
 from electrax.data.glue import GLUE
+from electrax.data.outside import read_object
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, finished, read_config
@@ -208,9 +209,16 @@ def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
     """What `head.json` says of a fine-tuned model's outputs."""
     path = pathlib.Path(workdir) / HEAD_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: missing or damaged; expected the work directory of a fine-tuning") from None
+        head = read_object(path, task=str, kind=str, style=str, metric=str, classes=list, rows=str)
+        own = {"classify": {"scale": (int, float)}, "tag": {}, "answer": {"null_threshold": (int, float)}}
+        read_object(path, **own.get(head["task"], {}))
+    except UserError as error:
+        raise UserError(f"{path}: missing or damaged; expected the work directory of a fine-tuning ({error})") from None
+    task = read_config(workdir).task
+    names = [*head["classes"], *([head["scheme"]] if head.get("scheme") else [])]
+    if head["task"] != task or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: damaged; expected what the outputs of the task {task} mean")
+    return head
 
 
 def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
@@ -338,7 +346,7 @@ def trained(workdir: pathlib.Path, mesh: Mesh | None = None, step: int | None = 
     stopped early."""
     results = workdir / RESULTS_FILE
     if step is None and results.is_file():
-        step = json.loads(results.read_text(encoding="utf-8"))["step"]
+        step = read_object(results, step=int)["step"]
     return load_params(workdir, mesh, latest=step)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 from electrax.config import UserError, to_toml
 from electrax.convert import huggingface, tensorflow
 from electrax.convert.config_json import infer_config
-from electrax.convert.hub import TOKENIZERS, from_hub
+from electrax.convert.hub import HUB_PREFIX, TOKENIZERS, from_hub, is_name
 from electrax.convert.model import CONSTANT, THE_SAME, Head, Model
 from electrax.convert.weights import write_tree
-from electrax.data.encoded import cache_folder
+from electrax.data.encoded import cache_folder, own_cache
 from electrax.data.shards import new_directory, write_atomically
 from electrax.data.tokenizer import LONGEST_WORD, Tokenizer
 from electrax.experiment.config import (
@@ -51,7 +51,7 @@ class ConvertConfig:
 
     source: str = ""
     out: str = ""  # a new or empty directory
-    generator: str = ""  # of a discriminator: Hugging Face directory, or a name on the hub
+    generator: str = ""  # of a discriminator: Hugging Face directory, or hub:NAME
     tokenizer: str = ""  # tokenizer file or folder; default: the one beside the weights
     lowercase: bool | None = None  # for a vocab.txt; default: as its tokenizer_config.json, or its capitals, say
     heads: int = 0  # of a TensorFlow checkpoint without a bert_config.json; 0: 64 wide each
@@ -63,7 +63,11 @@ def as_workdir(source: str | os.PathLike) -> pathlib.Path:
     if (path / CONFIG_FILE).is_file():
         return path
     path = find(os.fspath(source))
-    kept = cache_folder() / "models" / _fingerprint(path)
+    fingerprint = _fingerprint(path)
+    try:
+        kept = own_cache("models") / fingerprint
+    except OSError as error:
+        raise UserError(f"{cache_folder()}: {error.strerror}") from None
     try:
         if not (kept / CONFIG_FILE).is_file():
             report = convert_foreign(ConvertConfig(source=str(path), out=str(kept)))
@@ -95,17 +99,18 @@ def by_reason(left_out: Mapping[str, str]) -> list[str]:
 
 
 def find(source: str) -> pathlib.Path:
-    """Where a model of another format lies: a directory, a TensorFlow checkpoint, or a name on the Hugging Face hub."""
+    """Where a model of another format lies: a directory, a TensorFlow checkpoint, or hub:NAME on the Hugging Face hub,
+    without which nothing is fetched."""
+    if source.startswith(HUB_PREFIX):
+        return from_hub(source.removeprefix(HUB_PREFIX))
     path = pathlib.Path(source)
     if tensorflow.is_checkpoint(path) or huggingface.is_directory(path):
         return path
     if path.exists():
         expected = "config.toml (electrax), config.json (Hugging Face) or *.index (TensorFlow)"
         raise UserError(f"{path}: holds no model; expected a directory with {expected}")
-    found = from_hub(source)
-    if found is None:
-        raise UserError(f"{path}: no such file or directory")
-    return found
+    hint = f"; a model of the Hugging Face hub would be {HUB_PREFIX}{source}" if is_name(source) else ""
+    raise UserError(f"{path}: no such file or directory{hint}")
 
 
 def _fingerprint(path: pathlib.Path) -> str:

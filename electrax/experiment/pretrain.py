@@ -60,7 +60,7 @@ def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConf
 
 def _prepare_once(wanted: PrepareConfig, progress: Watcher) -> None:
     if not (pathlib.Path(wanted.out) / MANIFEST_FILE).is_file():
-        pathlib.Path(wanted.out).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(wanted.out).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with progress as report:
             prepare(wanted, report)
 
@@ -70,14 +70,16 @@ def check_prepared(wanted: PrepareConfig, corpus: Corpus) -> None:
     made, manifest = corpus.manifest.config, corpus.manifest
     for key in ("tokenizer", "vocab_size", "lowercase", "layout", "max_length", "holdout"):
         # config.toml has the vocabulary's real size, which may be smaller than the one asked for
-        if getattr(wanted, key) not in (made[key], getattr(manifest, key, made[key])):
+        if getattr(wanted, key) not in (made.get(key), getattr(manifest, key, made.get(key))):
             raise UserError(
-                f"{corpus.directory} was prepared with data.{key} = {made[key]!r}, now {getattr(wanted, key)!r}; "
+                f"{corpus.directory} was prepared with data.{key} = {made.get(key)!r}, now {getattr(wanted, key)!r}; "
                 "take another workdir, or remove that directory"
             )
-    if pathlib.Path(wanted.texts[0]).name != pathlib.Path(made["texts"][0]).name:
+    texts = made.get("texts")
+    source = str(texts[0]) if isinstance(texts, list) and texts else ""
+    if pathlib.Path(wanted.texts[0]).name != pathlib.Path(source).name:
         raise UserError(
-            f"{corpus.directory} was prepared from {made['texts'][0]}, not from {wanted.texts[0]}; "
+            f"{corpus.directory} was prepared from {source}, not from {wanted.texts[0]}; "
             "take another workdir, or remove that directory"
         )
 

@@ -227,7 +227,7 @@ def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
     workdir = pathlib.Path(config.workdir)
 
     def keep() -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
+        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
         if holds_run(workdir):
             check_continued(config)
             if Tokenizer.load(workdir).sha256 != tokenizer.sha256:

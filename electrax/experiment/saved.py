@@ -33,8 +33,8 @@ from electrax.tasks.tag import TagTask
 
 def load(source: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | Reader:
     """A trained model: from the work directory of a pretraining its newest whole checkpoint, of a fine-tuning the one
-    its results were measured on (of several seeds the best); from a Hugging Face directory or a name on its hub, or a
-    TensorFlow checkpoint of ELECTRA or BERT."""
+    its results were measured on (of several seeds the best); from a Hugging Face directory or `hub:NAME` (fetched
+    where the cache lacks it), or a TensorFlow checkpoint of ELECTRA or BERT."""
     workdir = as_workdir(source)
     config = read_config(workdir)
     if isinstance(config, FinetuneConfig):

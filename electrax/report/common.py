@@ -151,7 +151,7 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
 
         def enter() -> None:
             made.extend(path for path in (workdir, *workdir.parents) if not path.exists())
-            workdir.mkdir(parents=True, exist_ok=True)
+            workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
             stack.enter_context(locked(workdir, "run"))
 
         try:

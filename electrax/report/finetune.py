@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ import numpy as np
 from rich.markup import escape
 
 from electrax.config import UserError, to_toml
+from electrax.data.outside import read_object
 from electrax.data.shards import write_atomically
 from electrax.experiment.config import FinetuneConfig, read_config
 from electrax.experiment.finetune import evaluate_trained, keep_threshold, plan, resolve, set_up
@@ -52,7 +52,7 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
             raise UserError(f"{workdir} holds a run of one seed; take another workdir for several")
         if any(workdir.glob("seed-*")):
             check_continued(config)
-        workdir.mkdir(parents=True, exist_ok=True)
+        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(workdir / CONFIG_FILE, to_toml(config))
 
     agreed(keep_config)
@@ -210,7 +210,7 @@ def describe(task: FinetuneTask, final: Record) -> dict[str, Any]:
 def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
     """Of a finished run; None where it is not finished."""
     path = workdir / RESULTS_FILE
-    return agreed(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+    return agreed(lambda: read_object(path) if path.is_file() else None)
 
 
 def summarize_seeds(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from electrax.config import UserError
 from electrax.data.corpus import file_sha256
+from electrax.data.outside import is_file_name, read_object
 from electrax.data.shards import write_atomically
 from electrax.tasks.base import Params
 from electrax.training.processes import agreed, is_first, together
@@ -45,7 +46,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int, tokenizer: str = ""):
         self.directory = directory.absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._keep, self._tokenizer = keep, tokenizer
         self._sealing: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -65,7 +66,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are complete, in order."""
         names = (path.parent.name for path in self.directory.glob(f"*/{MANIFEST}"))
-        return agreed(lambda: sorted(int(name) for name in names if name.isdigit()))
+        return agreed(lambda: sorted(int(name) for name in names if name.isdecimal()))
 
     def best(self) -> tuple[int, float] | None:
         """(step, score) of the best evaluated checkpoint, the first of equals; None where there is none."""
@@ -178,7 +179,7 @@ def _read_newest(
 def _newest_whole(
     directory: pathlib.Path, on_damage: Callable[[pathlib.Path], None], latest: int | None = None
 ) -> Iterator[pathlib.Path]:
-    steps = agreed(lambda: sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True))
+    steps = agreed(lambda: sorted((int(p.name) for p in directory.glob("*") if p.name.isdecimal()), reverse=True))
     for step in steps:
         if latest is not None and step > latest:
             continue
@@ -219,22 +220,24 @@ def write_manifest(path: pathlib.Path, tokenizer: str = "") -> None:
 
 def tokenizer_hash(path: pathlib.Path) -> str:
     """That of the tokenizer whose ids a whole checkpoint was trained on; empty where it was not kept."""
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("tokenizer", "")
+    return read_object(path / MANIFEST).get("tokenizer", "")
 
 
 def find_damage(path: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is as it was written."""
-    try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
+    if not (path / MANIFEST).is_file():
         return "half-written (it has no checksum manifest)"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    try:
+        files = read_object(path / MANIFEST, files=dict)["files"]
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (UserError, KeyError, TypeError):
         return f"damaged ({MANIFEST} cannot be read)"
     if not wanted:
         return f"damaged ({MANIFEST} names no file)"
     for name, (size, sha256) in wanted.items():
         file = path / name
+        if not all(is_file_name(part) for part in name.split("/")):
+            return f"damaged ({MANIFEST} names {name!r}, which is no file in it)"
         if not file.is_file():
             return f"damaged ({name} is missing)"
         if file.stat().st_size != size or file_sha256(file) != sha256:

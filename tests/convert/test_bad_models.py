@@ -21,7 +21,7 @@ from tests.convert.tiny_models import make_classifier, make_pair, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 CLASSES = Head("classify", "classes", "dense", ("bad", "fair", "good"))
-DEEP = json.loads("[" * 300 + "]" * 300)
+DEEP = json.loads("[" * 60 + "]" * 60)
 
 
 @pytest.fixture(autouse=True)

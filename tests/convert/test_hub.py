@@ -46,9 +46,9 @@ def test_a_model_in_the_cache_is_loaded_and_nobody_asked_for_it(hub, monkeypatch
     asked = []
     monkeypatch.setattr(huggingface_hub, "model_info", lambda name, timeout: asked.append(name))
     huggingface.write(snapshot(hub, "org/pair"), make_pair(TOKENIZER), TOKENIZER)
-    assert electrax.load("org/pair").generator.width == 4
+    assert electrax.load("hub:org/pair").generator.width == 4
     shutil.copytree(from_hub("org/pair") / "generator", snapshot(hub, "bert"), dirs_exist_ok=True)
-    assert electrax.load("bert").discriminator is None
+    assert electrax.load("hub:bert").discriminator is None
     assert not asked
 
 
@@ -59,8 +59,8 @@ def test_a_cache_that_lacks_a_part_of_the_model_is_not_taken_for_it(hub):
     weights = (tower / "model.safetensors").read_bytes()
 
     def fails(name: str = "org/half") -> None:
-        with pytest.raises(UserError, match=f"^{name}: no such file or directory, not whole in the cache.*offline"):
-            electrax.load(name)
+        with pytest.raises(UserError, match=f"^hub:{name}: not whole in the cache.*offline"):
+            electrax.load(f"hub:{name}")
 
     (tower / "model.safetensors").unlink()
     fails()
@@ -114,9 +114,20 @@ def test_a_cached_model_without_its_tokenizer_is_fetched_and_taken_as_it_is_wher
 
 
 @pytest.mark.parametrize("name", ["runs/a/b", "runs/x..y", "x--y", "runs/x.", "a.git", "é/x", "-x"])
-def test_what_cannot_be_a_name_on_the_hub_is_no_such_file(name):
+def test_what_cannot_be_a_name_on_the_hub_is_refused(name):
     with pytest.raises(UserError, match=f"^{name}: no such file or directory$"):
         electrax.load(name)
+    with pytest.raises(UserError, match=f"^hub:{name}: no name of a model on the Hugging Face hub"):
+        electrax.load(f"hub:{name}")
+
+
+def test_a_name_alone_is_a_path_and_nobody_is_asked_for_it(hub, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, timeout: asked.append(name))
+    huggingface.write(snapshot(hub, "org/pair"), make_pair(TOKENIZER), TOKENIZER)
+    with pytest.raises(UserError, match="^org/pair: no such file or directory; .* would be hub:org/pair$"):
+        electrax.load("org/pair")
+    assert not asked
 
 
 def test_an_error_that_says_nothing_is_named_by_its_kind(monkeypatch):
@@ -124,5 +135,5 @@ def test_an_error_that_says_nothing_is_named_by_its_kind(monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(huggingface_hub, "model_info", fail)
-    with pytest.raises(UserError, match="^org/name: .*it cannot be fetched: TimeoutError$"):
-        electrax.load("org/name")
+    with pytest.raises(UserError, match="^hub:org/name: .*it cannot be fetched: TimeoutError$"):
+        electrax.load("hub:org/name")

@@ -435,3 +435,15 @@ def test_a_damaged_file_is_refused_or_gives_arrays_and_nothing_else_happens(dire
         assert "\n" not in str(error) and str(directory.parent) in str(error)
     finally:
         directory.write_bytes(whole)
+
+
+def test_an_old_torch_is_not_asked_to_read_a_file(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.tensor(A)}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    assert_refused(tmp_path, "torch 2.5.1.cpu can be made to run code by a file .*; expected torch 2.6 or newer")
+
+
+def test_names_in_msgpack_are_of_a_bounded_length(tmp_path):
+    (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize({"x" * 1025: {"a": A}}))
+    assert_refused(tmp_path, "the key 'xxx")

@@ -97,3 +97,35 @@ def test_the_tokenizer_must_be_the_one_that_made_the_rows(corpus):
 def test_the_bundled_sample_holds_four_books():
     text = lzma.open(sample_path(), "rt", encoding="utf-8").read()
     assert text.count("\n\n") > 200 and all(name in text for name in ("Alice", "Dorothy", "Holmes", "Frankenstein"))
+
+
+def changes(manifest):
+    """Wrong manifests, by what is named."""
+    split = manifest["splits"]["train"]
+    yield "max_length", manifest | {"max_length": 0}
+    yield "max_length", manifest | {"max_length": 8.0}
+    yield "vocab_size", manifest | {"vocab_size": True}
+    yield "dtype", manifest | {"dtype": "object"}
+    yield "special_ids", manifest | {"special_ids": {**manifest["special_ids"], "pad": -1}}
+    yield "special_ids", manifest | {"special_ids": {"pad": 0}}
+    for rows in (-12, 10**30, "12", 0):
+        shards = [split["shards"][0] | {"rows": rows}, *split["shards"][1:]]
+        yield "splits.train", manifest | {"splits": {"train": split | {"shards": shards}}}
+    yield "splits.train: the rows", manifest | {"splits": {"train": split | {"rows": split["rows"] + 1}}}
+    for file in ("../corpus.bin", "/etc/passwd", "", 3):
+        shards = [split["shards"][0] | {"file": file}, *split["shards"][1:]]
+        yield "splits.train: the shard", manifest | {"splits": {"train": split | {"shards": shards}}}
+    yield "'items'", manifest | {"splits": []}
+    yield "not iterable", manifest | {"splits": {"train": split | {"shards": 5}}}
+
+
+def test_a_manifest_whose_numbers_or_names_are_wrong_is_refused(corpus):
+    path = corpus / "manifest.json"
+    for message, wrong in changes(json.loads(path.read_text())):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=f"manifest.json: not a manifest of format 1 .*({message}|Type-check)"):
+            Corpus.open(corpus)
+
+
+def test_a_prepared_corpus_is_its_users_alone(corpus):
+    assert corpus.stat().st_mode & 0o777 == 0o700

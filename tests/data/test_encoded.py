@@ -245,3 +245,11 @@ def test_a_full_disk_leaves_nothing_half_written(cache, monkeypatch):
     monkeypatch.setattr("electrax.data.encoded.os.replace", full)
     assert_equal(kept(lambda: ragged(), "content"), ragged())
     assert list((cache / "rows").iterdir()) == []
+
+
+def test_rows_are_not_taken_from_a_cache_that_others_can_write_into(cache, caplog):
+    kept(lambda: ragged(), "content")
+    (cache / "rows").chmod(0o777)
+    build = Built(ragged())
+    assert_equal(kept(build, "content"), ragged())
+    assert build.times == 1 and "can be written by others" in caplog.text

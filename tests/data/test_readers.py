@@ -213,3 +213,10 @@ def test_a_raw_stream_of_zstandard_frames_reads_like_any_file(tmp_path):
     path = tmp_path / "a.zst"
     path.write_bytes(buffer.getvalue())
     assert len(read(path)[0][0]) == 100_000
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100 + "]" * 100, "[" * 100_000])
+def test_a_json_line_with_what_cannot_be_read_is_bad_input(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": ' + value + "}\n")
+    reader = LineReader(find_sources((str(tmp_path / "a.jsonl"),)), "skip")
+    assert [item for _, _, item in reader.read()] == ["good", END] and reader.skipped == {"json": 1}

@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -360,3 +361,25 @@ def test_tfds_errors_name_the_dataset_and_what_is_there(tfds_dir):
         read("tfds:labelled/valid", tfds_dir=tfds_dir)
     with pytest.raises(UserError, match=r"tfds:labelled: no column 'txt'; did you mean 'text'\?"):
         read("tfds:labelled", ("txt",), tfds_dir=tfds_dir)
+
+
+def test_the_features_of_a_dataset_name_no_code_to_import(tfds_dir, tmp_path):
+    path = shutil.copytree(tfds_dir, tmp_path / "copy") / "labelled" / "1.0.0" / "features.json"
+    whole = path.read_text()
+    assert "tensorflow_datasets.core" in whole
+    for old, new in {"tensorflow_datasets.": "os.", '"pythonClassName"': '"type": "evil.Feature", "a"'}.items():
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(UserError, match="features.json: expected a feature of tensorflow_datasets, found '"):
+            next(iter_table("tfds:labelled", ("text",), tfds_dir=str(tmp_path / "copy")))
+
+
+def test_a_value_nested_deeply_is_a_bad_row(write):
+    path = write("a.jsonl", '{"text": "a", "label": ' + "[" * 500 + "]" * 500 + "}\n")
+    [row] = iter_table(path, ("text",), "label")
+    assert (row.kind, row.message) == ("JSON", "expected one JSON object a line (nested deeper than 64)")
+
+
+def test_of_many_columns_the_first_are_named(write):
+    path = write("a.csv", ",".join(f"c{i}" for i in range(1000)) + "\n")
+    with pytest.raises(UserError, match=r"'c18', 'c19', … \(1000 in all\)$"):
+        read(path)

@@ -220,7 +220,7 @@ def test_the_truncation_and_padding_of_a_tokenizer_json_are_turned_off(tmp_path)
         ("tokenizer.json", "{}", "not a tokenizer.json"),
         ("tokenizer.model", "x", "not a SentencePiece model"),
         ("vocab.csv", "x", "ending in .json, .model or .txt"),
-        ("gone/", None, "cannot read the tokenizer"),
+        ("gone/", None, "cannot be read .*; expected a tokenizer"),
     ],
 )
 def test_a_bad_tokenizer_file_is_named(tmp_path, name, content, message):
@@ -238,3 +238,16 @@ def test_an_empty_directory_and_an_unknown_kind_are_user_errors(tmp_path):
         Tokenizer.train("wordpieces", LINES, 90)
     with pytest.raises(UserError, match="vocab_size 10"):
         Tokenizer.train("unigram", LINES, 10)
+
+
+def test_a_token_twice_in_a_vocabulary_with_carriage_returns_is_named(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(b"a\r\nb\r\na\r\n")
+    with pytest.raises(UserError, match="line 3: the token .* is already in line 1"):
+        Tokenizer.load(tmp_path / "vocab.txt")
+
+
+def test_a_tokenizer_that_cannot_encode_what_it_does_not_know_is_refused(tmp_path):
+    path = Tokenizer.train("wordpiece", ["a cat"], 50).save(tmp_path)
+    path.write_text(path.read_text().replace('"vocab":{"[PAD]":0,"[UNK]":1', '"vocab":{"[PAD]":0'))
+    with pytest.raises(UserError, match="tokenizer.json: cannot encode text .*Missing .UNK. token"):
+        Tokenizer.load(path)

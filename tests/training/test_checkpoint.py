@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import shutil
@@ -349,3 +350,12 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_the_director
 def test_keeping_no_checkpoint_is_an_error():
     with pytest.raises(UserError, match="checkpoint.keep must be at least 1, not 0"):
         CheckpointConfig(keep=0)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", ""])
+def test_a_manifest_that_leads_out_of_its_checkpoint_is_damage(tmp_path, name):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "secret").touch()
+    entry = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    (tmp_path / "1" / "checksums.json").write_text(json.dumps({"files": {name: entry}}))
+    assert find_damage(tmp_path / "1") == f"damaged (checksums.json names {name!r}, which is no file in it)"

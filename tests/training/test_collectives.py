@@ -21,7 +21,7 @@ HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %r = (f32[8]{0}, bf16[2,2]{1,0}, /*index=2*/s32[]) all-reduce(%p, %q), replica_groups={{0,1}}, metadata={op_name="sum"}
+  %r = (f32[8]{0}, bf16[2,2]{1,0}, /*index=2*/s32[]) all-reduce(%p), replica_groups={{0,1}}, metadata={op_name="sum"}
   %w = (s32[], f32[4,2]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %s = f32[2]{0} reduce-scatter(%p), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, to_apply=%add
   %half = f32[4]{0} reduce-scatter(%p), replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, dimensions={0}, to_apply=%add
