@@ -3,6 +3,7 @@
 import hashlib
 import importlib.resources
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from electrax.config import UserError
 from electrax.data.outside import is_file_name, read_value
 from electrax.data.tokenizer import SPECIAL_NAMES, Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 
@@ -52,8 +53,9 @@ class Manifest:
     config: dict
 
     def dumps(self) -> str:
-        """The manifest as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        """The manifest as JSON, with a checksum of itself."""
+        content = asdict(self)
+        return json.dumps(content | {"sha256": _checksum(content)}, indent=1)
 
     def check(self) -> None:
         """Raises ValueError naming what is not as `prepare` writes it: shards may only lie in the corpus itself, and
@@ -87,6 +89,8 @@ class Manifest:
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
             raise UserError(f"{path}: expected format_version {FORMAT_VERSION}, found {version}")
+        if raw.pop("sha256", None) != _checksum(raw):
+            raise UserError(f"{path}: damaged (it does not fit its own checksum); prepare the text again")
         try:
             raw["splits"] = {
                 name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
@@ -97,6 +101,11 @@ class Manifest:
             return manifest
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise UserError(f"{path}: not a manifest of format {FORMAT_VERSION} ({error})") from None
+
+
+def _checksum(content: dict) -> str:
+    """Of what a manifest says."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _is_count(value: object, least: int, end: int) -> bool:
@@ -150,9 +159,11 @@ class Corpus:
 
     def verify(self) -> None:
         """Read every shard and compare its checksum; a difference is a UserError naming the shard."""
-        for split in self.manifest.splits.values():
-            for shard in split.shards:
-                if file_sha256(self.directory / shard.file) != shard.sha256:
+        shards = [shard for split in self.manifest.splits.values() for shard in split.shards]
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock to the others
+            found = pool.map(lambda shard: file_sha256(self.directory / shard.file), shards)
+            for shard, sha256 in zip(shards, found, strict=True):
+                if sha256 != shard.sha256:
                     raise UserError(f"{self.directory / shard.file}: damaged (its sha256 is not the manifest's)")
 
     def _map(self, shard: Shard) -> np.ndarray:

@@ -225,7 +225,9 @@ def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
     """Writes head.json. Raises UserError where checkpoints are kept of a run on other rows."""
     workdir = pathlib.Path(config.workdir)
     if holds_run(workdir) and read_head(workdir)["rows"] != head["rows"]:
-        raise UserError(f"{workdir} holds a run on other rows than those of {config.data.path}; take another workdir")
+        raise UserError(
+            f"{workdir / HEAD_FILE} holds a run on other rows than those of {config.data.path}; take another workdir"
+        )
     write_atomically(workdir / HEAD_FILE, json.dumps(head, indent=1) + "\n")
 
 

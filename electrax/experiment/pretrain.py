@@ -48,6 +48,7 @@ def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConf
         check_prepared(wanted, corpus)
     else:
         corpus = Corpus.open(path)
+    corpus.verify()
     manifest = corpus.manifest
     for split in ("train", "valid"):
         if not corpus.size(split):

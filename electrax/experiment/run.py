@@ -249,12 +249,12 @@ def check_continued(config: Any) -> None:
     workdir = pathlib.Path(config.workdir)
     before = read_toml(workdir / CONFIG_FILE)
     if before.get("task") != config.task:
-        raise UserError(f"{workdir} holds a run of the task {before.get('task')!r}; take another workdir")
+        raise UserError(f"{workdir / CONFIG_FILE} holds a run of the task {before.get('task')!r}; take another workdir")
     before = dataclasses.asdict(build(type(config), before, str(workdir / CONFIG_FILE)))
     for key, old, new in _differences(before, dataclasses.asdict(config)):
         if not {key, key.split(".")[0]} & MAY_CHANGE:
             raise UserError(
-                f"{workdir} holds a run with {key} = {old!r}, now {new!r}; take another workdir for a new run"
+                f"{workdir / CONFIG_FILE} holds a run with {key} = {old!r}, now {new!r}; take another workdir"
             )
 
 

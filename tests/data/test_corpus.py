@@ -1,3 +1,4 @@
+import hashlib
 import json
 import lzma
 
@@ -68,9 +69,10 @@ def test_opening_names_a_missing_or_cut_shard(corpus):
     "change, message",
     [
         (lambda text: "{", "manifest.json: not JSON"),
-        (lambda text: "[]", "expected format_version 1, found None"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "expected format_version 1, found 2"),
-        (lambda text: text.replace('"layout"', '"Layout"'), "not a manifest of format 1"),
+        (lambda text: "[]", "expected format_version 2, found None"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 1'), "expected format_version 2, found 1"),
+        (lambda text: text.replace('"layout"', '"Layout"'), r"damaged \(it does not fit its own checksum\)"),
+        (lambda text: text.replace('"mask": ', '"mask": 1'), r"damaged \(it does not fit its own checksum\)"),
     ],
 )
 def test_a_bad_manifest_is_named(corpus, change, message):
@@ -122,8 +124,10 @@ def changes(manifest):
 def test_a_manifest_whose_numbers_or_names_are_wrong_is_refused(corpus):
     path = corpus / "manifest.json"
     for message, wrong in changes(json.loads(path.read_text())):
-        path.write_text(json.dumps(wrong))
-        with pytest.raises(UserError, match=f"manifest.json: not a manifest of format 1 .*({message}|Type-check)"):
+        wrong.pop("sha256")
+        sha256 = hashlib.sha256(json.dumps(wrong, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps(wrong | {"sha256": sha256}))
+        with pytest.raises(UserError, match=f"manifest.json: not a manifest of format 2 .*({message}|Type-check)"):
             Corpus.open(corpus)
 
 
