@@ -1,9 +1,13 @@
 """Every command and every Python example of the README runs, on a small text and a small model."""
 
 import importlib.util
+import os
 import pathlib
 import re
 import shlex
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -87,6 +91,21 @@ def options(name: str, arguments: list[str]) -> list[str]:
     return ["--vocab_size=120"] if name == "prepare" else []
 
 
+def launch_together(folder) -> list[int]:
+    """The exit statuses of the two commands for two terminals, at a port of their own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    lines = [line for block in blocks("console") for line in block.splitlines() if "--coordinator" in line]
+    started = []
+    for line in lines:
+        words = shlex.split(line.replace("localhost:6666", f"localhost:{port}"))[3:]
+        command = [sys.executable, "-m", "electrax", *words, *options(words[0], words)]
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+        started.append(subprocess.Popen(command, cwd=folder, env=environment))
+    return [process.wait(timeout=300) for process in started]
+
+
 def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(folder, labelled, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     ran = []
@@ -98,6 +117,9 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
         command, *rest = arguments
         if command == "export" and not has_onnx:
             continue
+        if "--dry_run" in rest:
+            assert run([command, *rest, *SHRINK]) == 0
+            continue
         assert run([command, *rest, *options(command, rest)]) == 0
         ran.append(command)
     assert ran.count("finetune") == 7
@@ -107,6 +129,12 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
     out = capsys.readouterr().out
     assert "held-out rows after step 2" in out
     assert "accuracy of 2 seeds" in out
+
+    for launched in re.findall(r"electrax (pretrain [^\"\n]*)", "".join(blocks("console"))):
+        command, *rest = shlex.split(launched)
+        if "--coordinator" not in rest:
+            assert run([command, *rest, *options(command, rest)]) == 0
+    assert launch_together(folder) == [0, 0]
 
     examples = blocks("python")
     assert len(examples) == 5

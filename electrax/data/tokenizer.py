@@ -106,9 +106,14 @@ class Tokenizer:
                 return _train_sentencepiece(kind.removeprefix("sentencepiece-"), lines, vocab_size)
         raise UserError(f"tokenizer: expected one of {', '.join(KINDS)} or a path, not {kind!r}")
 
+    @property
+    def file_name(self) -> str:
+        """Of what `save` writes."""
+        return SENTENCEPIECE_FILE if self._sentencepiece else HUGGING_FACE_FILE
+
     def save(self, directory: str | Path) -> Path:
         """Write tokenizer.json or tokenizer.model into `directory`, all or nothing; returns the file."""
-        path = Path(directory) / (SENTENCEPIECE_FILE if self._sentencepiece else HUGGING_FACE_FILE)
+        path = Path(directory) / self.file_name
         temporary = path.with_name(path.name + ".tmp")
         temporary.unlink(missing_ok=True)
         temporary.write_bytes(self._serialized)

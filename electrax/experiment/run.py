@@ -230,8 +230,9 @@ def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
         workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
         if holds_run(workdir):
             check_continued(config)
-            if Tokenizer.load(workdir).sha256 != tokenizer.sha256:
-                raise UserError(f"{workdir} holds a run with another tokenizer than that of {data}")
+            known = Tokenizer.load(workdir)
+            if known.sha256 != tokenizer.sha256:
+                raise UserError(f"{workdir / known.file_name}: not the tokenizer of {data}; take another workdir")
         tokenizer.save(workdir)
         write_atomically(workdir / CONFIG_FILE, to_toml(config))
 

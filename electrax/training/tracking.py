@@ -130,17 +130,18 @@ def describe(record: Record, figures: dict[str, float]) -> str:
 
 
 def _keep_until(path: pathlib.Path, start: int, finished: bool) -> float:
-    """Drops the lines of later steps, a half-written last one and, of a finished run, its last evaluation: all of them
-    come again. Returns the seconds of the last kept log line."""
+    """Drops the lines of later steps, damaged ones and, of a finished run, its last evaluation: all of them come again.
+    Returns the seconds of the last kept log line."""
     kept, seconds = [], 0.0
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
-            continue
-        again = finished and row["step"] == start and "eval_loss" in row
-        if row["step"] <= start and not again:
+            step, so_far = int(row["step"]), float(row.get("seconds", seconds))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # damaged
+        again = finished and step == start and "eval_loss" in row
+        if step <= start and not again:
             kept.append(line)
-            seconds = row.get("seconds", seconds)
+            seconds = so_far
     write_atomically(path, "".join(line + "\n" for line in kept))
     return seconds
