@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -29,6 +30,8 @@ elsewhere each is started with --coordinator HOST:PORT --num_processes N --proce
 JAX_NUM_PROCESSES, JAX_PROCESS_ID). --heartbeat_seconds 100: after so long a process that has died ends the others."""
 
 
+# a full disk, a quota, a file too large for it, a directory that is read-only or another user's
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 TRAINING = ("pretrain", "finetune", "evaluate")  # commands that several processes may run together
 
 
@@ -50,6 +53,11 @@ def main() -> None:
         # the reader of our output, `head` say, has gone; Python must not fail again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if debug or error.errno not in STORAGE:
+            raise
+        print(f"electrax: {error.filename or 'storage'}: {error.strerror}; what was saved is whole", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("electrax: stopped", file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,10 @@
 """The command line from its words to its exit status, in this process."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import pathlib
 import random
 import re
@@ -144,6 +146,28 @@ def test_ctrl_c_ends_with_status_130_and_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", interrupted)
     status, _, error = main(monkeypatch, capsys, "pretrain", "tiny")
     assert (status, error) == (130, "electrax: stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")]
+)
+def test_storage_that_takes_no_more_is_one_line(monkeypatch, capsys, number, told):
+    def full(arguments):
+        raise OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(cli, "run", full)
+    status, _, error = main(monkeypatch, capsys, "pretrain", "tiny")
+    assert (status, error) == (2, f"electrax: runs/a/metrics.jsonl: {told}; what was saved is whole\n")
+
+
+def test_another_fault_of_the_system_is_shown_as_it_is(monkeypatch):
+    def broken(arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(cli, "run", broken)
+    monkeypatch.setattr(sys, "argv", ["electrax", "pretrain", "tiny"])
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main()
 
 
 # -- help -------------------------------------------------------------------------------------------------------------
