@@ -88,7 +88,9 @@ class Manifest:
         raw = read_value(path)
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}: expected format_version {FORMAT_VERSION}, found {version}")
+            raise UserError(
+                f"{path}: expected format_version {FORMAT_VERSION}, found {version}; prepare the text again"
+            )
         if raw.pop("sha256", None) != _checksum(raw):
             raise UserError(f"{path}: damaged (it does not fit its own checksum); prepare the text again")
         try:

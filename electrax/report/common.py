@@ -172,11 +172,11 @@ def train_and_track(run: Run, command: str) -> Record | None:
     tracker = _track(run, console)
     final: Record | None = None
     try:
-        with StopSignal() as stop, Watchdog(run.config.log.stall, _warn) as watchdog:
+        with StopSignal() as stop, _watchdog(run) as watchdog:
             console.print("compiling the step …")
             needed = run.memory()
             show_line("memory a step", f"{needed / 1e6:,.0f} MB a device, micro-batches of {run.microbatch} rows")
-            watched = dataclasses.replace(run, evaluate=watchdog.unwatched(run.evaluate))
+            [watched] = _watched({"": run}, watchdog).values()
             for record in watched.train(watchdog.before(stop), step=profiled if run.config.profile else None):
                 tracker.write(record)
                 final = record if record.kind == "eval" else final
@@ -204,8 +204,14 @@ def show_profile(profile: Profile | None) -> None:
     show_table(title, ("part of their work", "share"), rows)
 
 
-def _warn(message: str) -> None:
-    logging.getLogger("electrax").warning(message)
+def _watchdog(run: Run, *others: Run) -> Watchdog:
+    """For runs of one config but for the seed."""
+    return Watchdog(run.config.log.stall, logging.getLogger("electrax").warning)
+
+
+def _watched(runs: Mapping[str, Run], watchdog: Watchdog) -> dict[str, Run]:
+    """The runs, whose evaluations, however long, are no stall."""
+    return {name: dataclasses.replace(run, evaluate=watchdog.unwatched(run.evaluate)) for name, run in runs.items()}
 
 
 def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[str, Record | NonFiniteLoss] | None:
@@ -221,7 +227,8 @@ def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[
         for name, run in runs.items():
             stack.callback(run.checkpoints.close)
             stack.callback(trackers[name].close)
-        for name, event in train_side_by_side(runs, step, stack.enter_context(StopSignal())):
+        stop, watchdog = stack.enter_context(StopSignal()), stack.enter_context(_watchdog(*runs.values()))
+        for name, event in train_side_by_side(_watched(runs, watchdog), step, watchdog.before(stop)):
             match event:
                 case Interrupted():
                     stopped[name] = event

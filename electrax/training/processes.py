@@ -17,12 +17,13 @@ from electrax.config import UserError
 
 Value = TypeVar("Value")
 FOREVER_MS = 7 * 24 * 3600 * 1000  # a peer that has died ends this process long before
-# environment variables that say where a process belongs, in the order of the fields below; the first set one counts
+# environment variables that say where a process belongs; the first set one counts
 VARIABLES = {
     "coordinator": ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS"),
     "num_processes": ("JAX_NUM_PROCESSES", "NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE"),
     "process_id": ("JAX_PROCESS_ID", "PROCESS_ID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX"),
 }
+KUBEFLOW = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")  # names so common that they count only together
 _turns = itertools.count()
 _deciding = False  # process 0 is within `agreed`, where no other process follows
 
@@ -46,8 +47,9 @@ class ProcessConfig:
 def from_environment(config: ProcessConfig) -> ProcessConfig:
     """The config with what the environment's variables say in place of what was left out."""
     unset, found = ProcessConfig(), {}
+    left_out = () if all(os.environ.get(name) for name in KUBEFLOW) else KUBEFLOW
     for key, names in VARIABLES.items():
-        name = next((name for name in names if os.environ.get(name)), None)
+        name = next((name for name in names if os.environ.get(name) and name not in left_out), None)
         if name is None or getattr(config, key) != getattr(unset, key):
             continue
         try:
@@ -71,7 +73,7 @@ def join(config: ProcessConfig) -> bool:
         "num_processes": config.num_processes or None,
         "process_id": config.process_id if config.process_id >= 0 else None,
     }
-    on_cluster = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "OMPI_MCA_orte_hnp_uri" in os.environ or _on_tpu()
+    on_cluster = _on_slurm() or "OMPI_MCA_orte_hnp_uri" in os.environ or _on_tpu()
     if place["coordinator_address"] is None and not on_cluster:
         if (config.num_processes or 1) > 1:
             raise UserError("coordinator is missing; expected HOST:PORT of process 0 for a run of several processes")
@@ -94,6 +96,11 @@ def join(config: ProcessConfig) -> bool:
         address = config.coordinator or "the coordinator"
         raise UserError(f"{address}: the processes did not come together: {str(error).splitlines()[0]}") from error
     return jax.process_count() > 1
+
+
+def _on_slurm() -> bool:
+    """Whether this is one of the tasks of a step (`srun`), and not the script that starts them."""
+    return "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
 
 
 def _on_tpu() -> bool:

@@ -229,6 +229,15 @@ def test_the_environment_says_where_a_process_belongs(monkeypatch, variables, ex
     assert (found.coordinator, found.num_processes, max(found.process_id, 0)) == expected
 
 
+@pytest.mark.parametrize(
+    "variables", [{"NUM_PROCESSES": "4"}, {"PROCESS_ID": "2", "NUM_PROCESSES": "4"}, {"SLURM_NTASKS": "8"}]
+)
+def test_variables_that_others_use_too_make_no_run_of_several_processes(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert not join(ProcessConfig())
+
+
 def test_an_option_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "3")
     assert from_environment(ProcessConfig(process_id=1)).process_id == 1

@@ -11,6 +11,7 @@ import pytest
 from electrax.config import UserError
 from electrax.tasks.base import Mean
 from electrax.tasks.pretrain import PretrainTask
+from electrax.training.checkpoint import Checkpoints
 from electrax.training.feed import host_feed
 from electrax.training.sharding import put_batch
 from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step, return_memory
@@ -49,6 +50,25 @@ def test_every_mesh_gives_the_losses_of_one_device(tiny, one_device, numpy_leave
     assert_close(numpy_leaves(state.params), {k.removeprefix("params/"): v for k, v in one_device[2].items()
                                               if k.startswith("params/")}, 1e-4)  # fmt: skip
     assert len(state.params["embeddings"]["word"].sharding.device_set) == np.prod(shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_what_eight_devices_saved_goes_on_on_other_meshes(tiny, one_device, tmp_path, shape):
+    task = tiny.task()
+    state, step, _ = tiny.start(task, tiny.mesh(8))
+    state, loss, _ = step(state, put_batch(tiny.batch(task, 0), tiny.mesh(8)))
+    losses = [float(loss)]
+    saved = Checkpoints(tmp_path, 1)
+    saved.save(1, state)
+    mesh = tiny.mesh(*shape)
+    _, step, abstract = tiny.start(task, mesh)
+    saved.wait()
+    reached, state = saved.restore(abstract)
+    saved.close()
+    for number in range(reached, 3):
+        state, loss, _ = step(state, put_batch(tiny.batch(task, number), mesh))
+        losses.append(float(loss))
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
 
 
 def test_dropout_is_on_in_these_tests(tiny, one_device):
