@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -212,17 +212,16 @@ def damage_often(
     return counts
 
 
-def campaign(folder: pathlib.Path, kills: int, damages: int, seed: int) -> dict[str, dict[str, int]]:
-    """What each kind of fault did. Half of the kills meet a pretraining in one process, a quarter each a fine-tuning
-    and a pretraining in two; two thirds of the damages a pretraining."""
-    chance, results, expected = random.Random(seed), {}, {}
+def campaign(folder: pathlib.Path, kills: int, damages: int, seed: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """What each kind of fault did, as it is known. Half of the kills meet a pretraining in one process, a quarter each
+    a fine-tuning and a pretraining in two; two thirds of the damages a pretraining."""
+    chance, expected = random.Random(seed), {}
     prepare(folder, chance)
     for kind in ("pretrain", "finetune"):
         quietly([kind, str(folder / f"{kind}.toml"), "--workdir", str(folder / f"reference-{kind}")])
         expected[kind] = weights(folder / f"reference-{kind}")
     for kind, count in (("pretrain", damages - damages // 3), ("finetune", damages // 3)):
-        results[f"damage, {kind}"] = damage_often(folder, kind, count, expected[kind], chance, print)
-        print(results[f"damage, {kind}"], flush=True)
+        yield f"damage, {kind}", damage_often(folder, kind, count, expected[kind], chance, print)
     two = folder / "two"
     if kills:
         [process.wait() for process in start(folder, "pretrain", two, 2)]
@@ -233,9 +232,7 @@ def campaign(folder: pathlib.Path, kills: int, damages: int, seed: int) -> dict[
             continue
         wanted = expected["two" if processes == 2 else kind]
         name = f"kill -9, {kind} in {processes} process{'es' if processes > 1 else ''}"
-        results[name] = kill_often(folder, kind, processes, count, wanted, chance)
-        print(results[name], flush=True)
-    return results
+        yield name, kill_often(folder, kind, processes, count, wanted, chance)
 
 
 def main() -> None:
@@ -250,12 +247,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(arguments.workdir or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        results = campaign(folder, arguments.kills, arguments.damages, arguments.seed)
-    for name, counts in results.items():
-        show_table(name, list(counts), [list(map(str, counts.values()))])
-    if not arguments.check:
-        write("faults.json", {"environment": environment(), "seconds": time.monotonic() - began, "results": results})
+        began, results = time.monotonic(), {}
+        for name, counts in campaign(folder, arguments.kills, arguments.damages, arguments.seed):
+            results[name] = counts
+            show_table(name, list(counts), [list(map(str, counts.values()))])
+            sys.stdout.flush()
+            if not arguments.check:
+                passed = time.monotonic() - began
+                write("faults.json", {"environment": environment(), "seconds": passed, "results": results})
     bad = ("other weights", "crashed", "failed to go on", "refused otherwise")
     if any(counts.get(name) for counts in results.values() for name in bad):
         sys.exit("not every run ended as it should")

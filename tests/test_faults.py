@@ -25,5 +25,5 @@ def test_kills_and_damages_change_no_weights_in_silence(tmp_path):
         timeout=900,
     )
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "'kills': 2" in found.stdout
-    assert "'damages': 12" in found.stdout
+    for part in ("damage, pretrain", "damage, finetune", "kill -9, pretrain in 1 process", "pretrain in 2 processes"):
+        assert part in found.stdout
