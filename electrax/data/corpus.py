@@ -156,7 +156,8 @@ class Corpus:
         """The tokenizer of the rows; a UserError if the file is not the one that made them."""
         tokenizer = Tokenizer.load(self.directory)
         if tokenizer.sha256 != self.manifest.tokenizer_sha256:
-            raise UserError(f"{self.directory}: the tokenizer is not the one the rows were made with (sha256 differs)")
+            path = self.directory / tokenizer.file_name
+            raise UserError(f"{path}: the tokenizer is not the one the rows were made with (sha256 differs)")
         return tokenizer
 
     def verify(self) -> None:

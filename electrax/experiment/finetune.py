@@ -29,6 +29,7 @@ from electrax.experiment.run import (
     assemble,
     holds_run,
     keep_config,
+    kept_tokenizer,
     load_params,
     mesh_for,
 )
@@ -115,7 +116,7 @@ def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokeni
     if config.init_from:
         return Tokenizer.load(start_of(config.init_from))
     if holds_run(config.workdir):
-        return Tokenizer.load(config.workdir)
+        return kept_tokenizer(config.workdir)
     if jax.process_count() == 1:
         return train_tokenizer(config, examples)
     # trained in one process: training it twice may give two vocabularies

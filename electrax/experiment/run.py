@@ -16,7 +16,7 @@ from electrax.convert.weights import read_tree
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
 from electrax.tasks.base import Batch, Params, Task
-from electrax.training.checkpoint import Checkpoints, restore_newest_params, tokenizer_hash
+from electrax.training.checkpoint import Checkpoints, find_damage, restore_newest_params, tokenizer_hash
 from electrax.training.evaluate import make_evaluate
 from electrax.training.feed import Feed, host_feed
 from electrax.training.lockstep import JointStep, lockstep
@@ -243,6 +243,16 @@ def holds_run(workdir: str | os.PathLike) -> bool:
     """Whether a checkpoint of a run is kept there, which the next training continues."""
     workdir = pathlib.Path(workdir)
     return agreed(lambda: (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")))
+
+
+def kept_tokenizer(workdir: str | os.PathLike) -> Tokenizer:
+    """That of the run that is kept there. Raises UserError where its checkpoints were trained with another one."""
+    workdir = pathlib.Path(workdir)
+    tokenizer = Tokenizer.load(workdir)
+    whole = [path for path in (workdir / "checkpoints").glob("[0-9]*") if find_damage(path) is None]
+    if whole and tokenizer.sha256 not in map(tokenizer_hash, whole):
+        raise UserError(f"{workdir / tokenizer.file_name}: damaged, or not the tokenizer of the run's checkpoints")
+    return tokenizer
 
 
 def check_continued(config: Any) -> None:
