@@ -55,6 +55,16 @@ class Chunk:
     share: float
 
 
+def pieces(parts: list[Part], encoded: Encoded) -> Iterator[tuple[Part, array, list[int]]]:
+    """Each part of an encoded chunk with its ids and how many of them each of its lines has."""
+    line = token = 0
+    for part in parts:
+        lengths = encoded.lengths[line : line + part.lines]
+        end = token + sum(lengths)
+        yield part, encoded.ids[token:end], lengths
+        line, token = line + part.lines, end
+
+
 def split_long(line: str) -> list[str]:
     """The line in parts of at most PART characters, cut before a space where there is one."""
     parts = []

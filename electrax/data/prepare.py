@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,8 +19,8 @@ from typing import Literal
 import numpy as np
 
 from electrax.config import UserError
-from electrax.data.corpus import FORMAT_VERSION, MANIFEST_FILE, Manifest, Split
-from electrax.data.encode import Chunk, Encoded, Part, encode_chunks, split_long
+from electrax.data.corpus import FORMAT_VERSION, MANIFEST_FILE, Manifest, Shard, Split
+from electrax.data.encode import Chunk, Encoded, Part, encode_chunks, pieces, split_long
 from electrax.data.readers import END, Documents, LineReader, OnBadInput, Source, find_sources
 from electrax.data.rows import Layout, PackedRows, SegmentRows, Special, row_dtype
 from electrax.data.shards import ShardWriter, locked, sync_directory, write_atomically
@@ -31,7 +32,7 @@ SAVE_EVERY = 8  # chunks
 PROGRESS_FILE = "progress.json"
 # What a tokenizer is trained on, spread evenly over the input. SentencePiece needs 20 bytes of memory a character.
 SAMPLE_CHARACTERS = dict(zip(KINDS, (100_000_000, 100_000_000, 20_000_000, 20_000_000), strict=True))
-NOT_IN_THE_BYTES = ("out", "workers", "on_bad_input")  # may differ between a run and the run that resumes it
+NOT_IN_THE_BYTES = ("out", "workers", "on_bad_input", "beam")  # may differ between a run and the run that resumes it
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class PrepareConfig:
     max_line_mb: int = 16  # longest line, in MiB
     shard_mb: int = 64  # size of a shard file
     tfds_dir: str | None = None  # where prepared TFDS datasets lie; None is ~/tensorflow_datasets
+    beam: str = ""  # options of an Apache Beam pipeline (--runner=…) that does the work instead; see electrax.data.beam
 
     def __post_init__(self):
         minimum = {"max_length": 5, "vocab_size": 6, "workers": 0, "max_line_mb": 1, "shard_mb": 1}
@@ -91,7 +93,7 @@ class Report:
 
 
 @dataclass
-class _State:
+class State:
     """All that a resumed run needs; JSON-able."""
 
     source: int = 0
@@ -113,14 +115,12 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] = lambda
     Wrong input, an existing `out`, an `out.partial` of another command and a full disk are UserErrors. With more than
     one worker call it under `if __name__ == "__main__"`: the workers are spawned.
     """
-    out = Path(config.out)
-    if out.exists():
-        raise UserError(f"{out}: exists already; remove it or choose another directory")
+    if config.beam:
+        from electrax.data.beam import prepare_with_beam
+
+        return prepare_with_beam(config, shlex.split(config.beam), progress)
+    out, sources = Path(config.out), check(config)
     partial = out.with_name(out.name + ".partial")
-    sources = [_find(config, config.texts), _find(config, config.valid)]
-    for source in [*sources[0], *sources[1]]:
-        if config.on_bad_input == "error" and not source.size():
-            raise UserError(f"{source.name}: expected text, found an empty file")
     try:
         partial.mkdir(parents=True, exist_ok=True, mode=0o700)
         with locked(partial, "`prepare`"):
@@ -133,6 +133,18 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] = lambda
         raise
 
 
+def check(config: PrepareConfig) -> list[list[Source]]:
+    """The sources of the texts and those of the texts for evaluation; a UserError where the work cannot begin."""
+    out = Path(config.out)
+    if out.exists():
+        raise UserError(f"{out}: exists already; remove it or choose another directory")
+    sources = [_find(config, config.texts), _find(config, config.valid)]
+    for source in [*sources[0], *sources[1]]:
+        if config.on_bad_input == "error" and not source.size():
+            raise UserError(f"{source.name}: expected text, found an empty file")
+    return sources
+
+
 def _find(config: PrepareConfig, texts: tuple[str, ...]) -> list[Source]:
     return find_sources(texts, config.documents, config.text_field, config.max_line_mb << 20, config.tfds_dir)
 
@@ -143,22 +155,20 @@ def _prepare(config: PrepareConfig, sources: list[list[Source]], out: Path, part
     state = _resume(partial, plan)
     if state is None:
         progress(Progress("tokenizer", 0.0, 0, 0, 0, 0.0, 0.0))
-        with open(_make_tokenizer(config, train).save(partial), "rb") as file:
+        with open(make_tokenizer(config, train).save(partial), "rb") as file:
             os.fsync(file.fileno())
-        state = _State()
+        state = State()
         _write_progress(partial, plan, state)
     tokenizer = Tokenizer.load(partial)
     before, start = state.text_bytes, time.monotonic()
 
     every = 0 if config.valid else _holdout_every(train, config)
     reader = LineReader(all_sources, config.on_bad_input, state.skipped)
-    chunks = _chunks(reader, state, lambda source, number: _split(source, number, len(train), every))
+    chunks = cut(reader, state, lambda source, number: split_of(source, number, len(train), every))
     row_bytes = config.max_length * row_dtype(tokenizer.vocab_size).itemsize
-    writers = {
-        split: ShardWriter(partial, split, row_bytes, config.shard_mb * MEGABYTE, rows)
-        for split, rows in state.rows.items()
-    }
-    builders = {split: _builder(config, tokenizer, state.carry[split]) for split in state.rows}
+    shard_rows = rows_in_shard(config, tokenizer)
+    writers = {split: ShardWriter(partial, split, row_bytes, shard_rows, rows) for split, rows in state.rows.items()}
+    builders = {split: new_builder(config, tokenizer, state.carry[split]) for split in state.rows}
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.close)
@@ -176,10 +186,9 @@ def _prepare(config: PrepareConfig, sources: list[list[Source]], out: Path, part
         for builder in builders.values():
             builder.finish()
         _take(builders, writers, state, tokenizer.pad_id)
-    if not state.rows["train"]:
-        raise UserError(f"{', '.join(config.texts)}: no rows came of it; expected text with at least one token")
     state.skipped = dict(reader.skipped)
-    manifest = _finish(out, partial, _manifest(config, tokenizer, state, writers))
+    shards = {split: writer.shards() for split, writer in writers.items()}
+    manifest = _finish(out, partial, make_manifest(config, tokenizer, state, shards))
     return Report(manifest, time.monotonic() - start, (state.text_bytes - before) / 1e6)
 
 
@@ -198,7 +207,7 @@ def _settings(config: PrepareConfig) -> dict:
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IN_THE_BYTES}
 
 
-def _resume(partial: Path, plan: dict) -> _State | None:
+def _resume(partial: Path, plan: dict) -> State | None:
     """The state of an interrupted run of this plan; None if there is none, or it had no tokenizer yet."""
     path = partial / PROGRESS_FILE
     if not path.exists():
@@ -215,14 +224,15 @@ def _resume(partial: Path, plan: dict) -> _State | None:
         changed = [key for key in new if old.get(key) != new[key]] or ["the input files"]
         raise UserError(f"{partial}: made by another command ({', '.join(changed)} changed); repeat that command to go "
                         "on, or remove the directory")  # fmt: skip
-    return _State(**saved["state"])
+    return State(**saved["state"])
 
 
-def _write_progress(partial: Path, plan: dict, state: _State | None) -> None:
+def _write_progress(partial: Path, plan: dict, state: State | None) -> None:
     write_atomically(partial / PROGRESS_FILE, json.dumps({"plan": plan, "state": asdict(state) if state else None}))
 
 
-def _make_tokenizer(config: PrepareConfig, sources: list[Source]) -> Tokenizer:
+def make_tokenizer(config: PrepareConfig, sources: list[Source]) -> Tokenizer:
+    """The one that the config names, or a new one of that kind, trained on the sources."""
     if config.tokenizer not in KINDS:
         if not Path(config.tokenizer).exists():
             raise UserError(f"tokenizer: expected one of {', '.join(KINDS)} or a path, not {config.tokenizer!r}")
@@ -257,20 +267,27 @@ def _holdout_every(sources: list[Source], config: PrepareConfig) -> int:
     """Every how many-th document is for evaluation: in a small corpus only the last, 0 for none."""
     if not config.holdout:
         return 0
-    every, found = round(1 / config.holdout), 0
-    for _, _, item in LineReader(sources, config.on_bad_input).read():
-        found += item is END
-        if found == every:
-            return every
-    return found if found > 1 else 0
+    ends = (item for _, _, item in LineReader(sources, config.on_bad_input).read() if item is END)
+    return every_of(config, sum(1 for _ in zip(range(round(1 / config.holdout)), ends, strict=False)))
 
 
-def _split(source: int, document: int, train_sources: int, every: int) -> str:
+def every_of(config: PrepareConfig, documents: int) -> int:
+    """Every how many-th of these documents is for evaluation; those beyond `1 / holdout` make no difference."""
+    if not config.holdout:
+        return 0
+    return min(documents, round(1 / config.holdout)) if documents > 1 else 0
+
+
+def split_of(source: int, document: int, train_sources: int, every: int) -> str:
+    """Where a document goes; `source` and `document` are numbers in the order of the input."""
     return "valid" if source >= train_sources or (every and (document + 1) % every == 0) else "train"
 
 
-def _chunks(reader: LineReader, state: _State, split: Callable[[int, int], str]) -> Iterator[Chunk]:
-    """Cut the stream of lines, from where `state` is, into chunks of about CHUNK_CHARACTERS."""
+def cut(
+    reader: LineReader, state: State, split: Callable[[int, int], str], whole_documents: bool = False
+) -> Iterator[Chunk]:
+    """Cut the stream of lines, from where `state` is, into chunks of about CHUNK_CHARACTERS, or of as many more as the
+    last of `whole_documents` takes."""
     sizes = [source.size() for source in reader.sources]
     source, items, documents = state.source, state.items, state.documents
     lines, parts, part_lines, characters = [], [], 0, 0
@@ -286,7 +303,7 @@ def _chunks(reader: LineReader, state: _State, split: Callable[[int, int], str])
         else:
             lines.append(item)
             part_lines, characters = part_lines + 1, characters + len(item)
-        if characters >= CHUNK_CHARACTERS:
+        if characters >= CHUNK_CHARACTERS and (item is END or not whole_documents):
             if part_lines:
                 parts.append(Part(split(source, documents), documents, part_lines, False))
             yield chunk()
@@ -295,7 +312,8 @@ def _chunks(reader: LineReader, state: _State, split: Callable[[int, int], str])
         yield chunk()
 
 
-def _builder(config: PrepareConfig, tokenizer: Tokenizer, carry: dict | None) -> PackedRows | SegmentRows:
+def new_builder(config: PrepareConfig, tokenizer: Tokenizer, carry: dict | None) -> PackedRows | SegmentRows:
+    """A builder of rows of the config's layout, in the state `carry`."""
     special = Special(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id)
     dtype = row_dtype(tokenizer.vocab_size)
     if config.layout == "packed":
@@ -303,15 +321,16 @@ def _builder(config: PrepareConfig, tokenizer: Tokenizer, carry: dict | None) ->
     return SegmentRows(config.max_length, special, dtype, config.seed, carry)
 
 
-def _add(chunk: Chunk, encoded: Encoded, builders: dict, state: _State) -> None:
+def rows_in_shard(config: PrepareConfig, tokenizer: Tokenizer) -> int:
+    """How many rows a full shard holds, at least one."""
+    return max(1, config.shard_mb * MEGABYTE // (config.max_length * row_dtype(tokenizer.vocab_size).itemsize))
+
+
+def _add(chunk: Chunk, encoded: Encoded, builders: dict, state: State) -> None:
     """Give a chunk's documents to the builders of their splits, and move the state past the chunk."""
-    line = token = 0
-    for part in chunk.parts:
-        lengths = encoded.lengths[line : line + part.lines]
-        end = token + sum(lengths)
-        builders[part.split].add(encoded.ids[token:end], lengths, part.document, part.ends)
+    for part, ids, lengths in pieces(chunk.parts, encoded):
+        builders[part.split].add(ids, lengths, part.document, part.ends)
         state.split_documents[part.split] += part.ends
-        line, token = line + part.lines, end
     state.source, state.items, state.documents = chunk.source, chunk.items, chunk.documents
     state.skipped = chunk.skipped
     state.text_bytes += encoded.text_bytes
@@ -319,7 +338,7 @@ def _add(chunk: Chunk, encoded: Encoded, builders: dict, state: _State) -> None:
     state.unknown_tokens += encoded.unknown
 
 
-def _take(builders: dict, writers: dict, state: _State, pad_id: int) -> None:
+def _take(builders: dict, writers: dict, state: State, pad_id: int) -> None:
     """Write the rows that are complete."""
     for split, builder in builders.items():
         rows = builder.take()
@@ -329,10 +348,15 @@ def _take(builders: dict, writers: dict, state: _State, pad_id: int) -> None:
         state.carry[split] = builder.carry()
 
 
-def _manifest(config: PrepareConfig, tokenizer: Tokenizer, state: _State, writers: dict) -> Manifest:
+def make_manifest(
+    config: PrepareConfig, tokenizer: Tokenizer, state: State, shards: dict[str, tuple[Shard, ...]]
+) -> Manifest:
+    """What is written at the end; a UserError where there is nothing to train on."""
+    if not state.rows["train"]:
+        raise UserError(f"{', '.join(config.texts)}: no rows came of it; expected text with at least one token")
     splits = {
-        name: Split(state.rows[name], state.tokens[name], state.split_documents[name], writer.shards())
-        for name, writer in writers.items()
+        name: Split(state.rows[name], state.tokens[name], state.split_documents[name], shards[name])
+        for name in state.rows
     }
     places = sum(state.rows.values()) * config.max_length
     counts = {

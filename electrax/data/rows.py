@@ -2,12 +2,14 @@
 
 import hashlib
 from array import array
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Integer, Shaped
+from jaxtyping import Int32, Int64, Integer, Shaped
 
 Layout = Literal["packed", "segments"]
+Document = tuple[int, array, list[int]]  # number, ids, how many of them each line has
 
 
 class Special(NamedTuple):
@@ -16,6 +18,17 @@ class Special(NamedTuple):
     pad: int
     cls: int
     sep: int
+
+
+class Effect(NamedTuple):
+    """What some whole documents do to a builder, by the state 0, …, L - 1 that those before them leave it in: how many
+    ids they add, and the state they leave. A new builder is in state 0.
+
+    A state is the number of places taken in a packed row, and how much shorter than a row the next pair will be.
+    """
+
+    added: Int64[np.ndarray, " L"]
+    state: Int64[np.ndarray, " L"]
 
 
 def row_dtype(vocab_size: int) -> np.dtype:
@@ -42,6 +55,11 @@ class _Builder:
         self._out = self._out[full:]
         return rows
 
+    def take_all(self) -> array:
+        """All ids, those of a row that is not complete as well, which the builder then forgets."""
+        out, self._out = self._out, new_array(self.dtype)
+        return out
+
     def _pad_row(self) -> None:
         self._out.extend([self.special.pad] * (-len(self._out) % self.length))
 
@@ -60,6 +78,24 @@ class PackedRows(_Builder):
     def carry(self) -> dict:
         """The state after `take`, to build on later."""
         return {"row": self._out.tolist(), "open": self._open}
+
+    @staticmethod
+    def carry_between(state: int, length: int) -> dict:
+        """The carry, but for the ids of the row, between two documents in a state of Effect."""
+        return {"row": [0] * state, "open": False}
+
+    def effect(self, documents: Iterable[Document]) -> Effect:
+        """What `add` would do, from their lengths alone."""
+        start = np.arange(self.length)
+        end = start.copy()
+        for _, ids, _ in documents:
+            if len(ids):
+                free = -end % self.length
+                end += np.where(free < 3, free, 0)
+                first = np.minimum(len(ids), self.length - end % self.length - 2)
+                full, rest = np.divmod(len(ids) - first, self.length - 2)
+                end += first + 2 + full * self.length + np.where(rest > 0, rest + 2, 0)
+        return Effect(end - start, end % self.length)
 
     def add(self, ids: array, lengths: list[int], document: int, ends: bool) -> None:
         """More tokens of the current document; `ends` closes it. `lengths` and `document` are not used here."""
@@ -106,6 +142,41 @@ class SegmentRows(_Builder):
     def carry(self) -> dict:
         """The state after `take`, to build on later; fewer than `length` tokens."""
         return {"sentences": [s.tolist() for s in self._sentences], "target": self._target, "draws": self._draws}
+
+    @staticmethod
+    def carry_between(state: int, length: int) -> dict:
+        """The carry between two documents in a state of Effect."""
+        return {"sentences": [], "target": length - state, "draws": 0}
+
+    def effect(self, documents: Iterable[Document]) -> Effect:
+        """What `add` would do. Ways through a document soon meet, and then are one."""
+        rows, targets = np.zeros(self.length, np.int64), self.length - np.arange(self.length)
+        for document in documents:
+            known: dict = {}
+            before, place = np.unique(targets, return_inverse=True)
+            found = np.array([self._follow(document, int(target), known) for target in before])[place]
+            rows, targets = rows + found[:, 0], found[:, 1]
+        return Effect(rows * self.length, self.length - targets)
+
+    def _follow(self, document: Document, target: int, known: dict) -> tuple[int, int]:
+        """How many rows a document makes and the target it leaves; `known` keeps both by (sentence, draws, target)."""
+        (number, ids, lengths), passed = document, []
+        sentence, draws, start = 0, 0, 0
+        while sentence < len(lengths) and (sentence, draws, target) not in known:
+            passed.append((sentence, draws, target))
+            carry = {"sentences": [], "target": target, "draws": draws}
+            builder = SegmentRows(self.length, self.special, self.dtype, self.seed, carry)
+            while sentence < len(lengths) and not builder._out:
+                end = start + lengths[sentence]
+                builder.add(ids[start:end], [end - start], number, sentence + 1 == len(lengths))
+                sentence, start = sentence + 1, end
+            draws, target = builder._draws, builder._target
+            passed[-1] += (bool(builder._out),)
+        rows, target = known.get((sentence, draws, target), (0, target))
+        for *place, made in reversed(passed):
+            rows += made
+            known[tuple(place)] = rows, target
+        return rows, target
 
     def add(self, ids: array, lengths: list[int], document: int, ends: bool) -> None:
         """More sentences, of `lengths` tokens, of document number `document`; `ends` closes it."""

@@ -17,11 +17,11 @@ from electrax.data.corpus import Shard, file_sha256
 
 
 class ShardWriter:
-    """Appends rows to `SPLIT-00000.bin`, …, from row `rows` on: what lies beyond it is cut off."""
+    """Appends rows to `SPLIT-00000.bin`, …, `shard_rows` in each, from row `rows` on: what lies beyond is cut off."""
 
-    def __init__(self, directory: Path, split: str, row_bytes: int, shard_bytes: int, rows: int):
+    def __init__(self, directory: Path, split: str, row_bytes: int, shard_rows: int, rows: int):
         self._directory, self._split, self._rows = directory, split, rows
-        self._shard_rows = max(1, shard_bytes // row_bytes)
+        self._shard_rows = shard_rows
         self._file: FileIO | None = None
         kept = {self._path(i).name for i in range(-(-rows // self._shard_rows))}
         for path in directory.glob(f"{split}-*.bin"):
@@ -64,7 +64,12 @@ class ShardWriter:
         return tuple(Shard(p.name, n, file_sha256(p)) for p, n in zip(paths, sizes, strict=True))
 
     def _path(self, index: int) -> Path:
-        return self._directory / f"{self._split}-{index:05d}.bin"
+        return self._directory / shard_name(self._split, index)
+
+
+def shard_name(split: str, index: int) -> str:
+    """The file of a split's shard."""
+    return f"{split}-{index:05d}.bin"
 
 
 def write_atomically(path: Path, text: str) -> None:
