@@ -106,7 +106,8 @@ def show_plan(plan: Plan) -> None:
 
 
 def _exchanged(found: Sequence[Collective]) -> tuple[float, float]:
-    return sum(c.times * c.size for c in found), sum(c.sent for c in found)
+    """Bytes of the arrays, and bytes that a device sends."""
+    return float(sum(c.times * c.size for c in found)), float(sum(c.sent for c in found))
 
 
 @dataclasses.dataclass

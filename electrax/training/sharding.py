@@ -80,7 +80,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 0) -> dic
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def put_everywhere(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def put_everywhere(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array that every process holds whole, on the devices of all of them."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
