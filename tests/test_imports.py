@@ -40,9 +40,10 @@ ONLY_IN = {
     "tensorboardX": ("electrax.training.tracking",),
     "pyarrow": ("electrax.data",),
     "onnx": ("electrax.convert",),
+    "apache_beam": ("electrax.data.beam",),
     "onnxruntime": ("electrax.convert",),
 }
-LAZY = ("tensorflow_datasets", "tokenizers", "sentencepiece", "pyarrow", "onnx", "onnxruntime")
+LAZY = ("apache_beam", "tensorflow_datasets", "tokenizers", "sentencepiece", "pyarrow", "onnx", "onnxruntime")
 
 
 def modules():

@@ -34,8 +34,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    words = [shlex.split(line.split("&&")[-1])[2:] for line in lines]
-    return [line[2:] if line[0] == "--extra" else line for line in words]
+    words = [shlex.split(line.split("&&")[-1]) for line in lines]
+    return [line[min(line.index(name) for name in ("electrax", "pytest") if name in line) :] for line in words]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,8 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
         assert name == "electrax"
         command, *rest = arguments
         if command == "export" and not has_onnx:
+            continue
+        if any(word.startswith("--beam") for word in rest) and importlib.util.find_spec("apache_beam") is None:
             continue
         if "--dry_run" in rest:
             assert run([command, *rest, *SHRINK]) == 0

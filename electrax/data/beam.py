@@ -1,9 +1,10 @@
 """`prepare` shared by many machines: an Apache Beam pipeline that makes the local command's corpus, byte for byte.
 
-Two passes over the texts. The first counts every source's documents; from then on each document's number is known, and
-with it its split and its chances. The second encodes chunks of whole documents anywhere in any order, and finds what each
-chunk does to the rows by every state it may begin in (`rows.Effect`). One worker chains these small tables in order. Then
-every chunk is laid where it belongs, and every shard is written, once, by the worker that gathers its pieces.
+Two passes over the texts. The first counts every source's documents; from then on each document's number is known,
+and with it its split and its chances. The second encodes chunks of whole documents anywhere in any order, and finds
+what each chunk does to the rows by every state it may begin in (`rows.Effect`). One worker chains these small tables in
+order. Then every chunk is laid where it belongs, and every shard is written, once, by the worker that gathers its
+pieces.
 
 All workers see the texts and `out` under the same names, on a shared file system, and have electrax[beam] installed. A
 worker has memory for the longest document and for a shard.
@@ -142,8 +143,8 @@ def _pipeline(options: Sequence[str]) -> Any:
 
 
 def _run(pipeline: Callable[[], Any], job: Job, name: str, build: Callable[[Any], Any]) -> list[dict]:
-    """Run what `build` makes of a new pipeline; the dicts that come of it by way of a file, sorted by their "order". The
-    first with an "error" is raised as a UserError."""
+    """Run what `build` makes of a new pipeline; the dicts that come of it, by way of a file, sorted by their "order".
+    The first with an "error" is raised as a UserError."""
     import apache_beam as beam
 
     path = job.scratch / f"{name}.json"
