@@ -1,4 +1,4 @@
-"""A short form of benchmarks/faults.py: kills and damages never change what a run ends with."""
+"""A short form of benchmarks/faults.py. Kills are in training/test_resume.py and training/test_processes.py."""
 
 import os
 import pathlib
@@ -10,8 +10,8 @@ import jax
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_kills_and_damages_change_no_weights_in_silence(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.faults", "--kills", "4", "--damages", "18", "--check"]
+def test_damages_change_no_weights_in_silence(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.faults", "--kills", "0", "--damages", "12", "--check"]
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -25,5 +25,5 @@ def test_kills_and_damages_change_no_weights_in_silence(tmp_path):
         timeout=900,
     )
     assert found.returncode == 0, found.stdout + found.stderr
-    for part in ("damage, pretrain", "damage, finetune", "kill -9, pretrain in 1 process", "pretrain in 2 processes"):
+    for part in ("damage, pretrain", "damage, finetune"):
         assert part in found.stdout
