@@ -1,7 +1,7 @@
-"""Scaled dot-product attention and multi-head self-attention."""
+"""Scaled dot-product attention, multi-head attention to the same text and to another, and what decoding keeps of it."""
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,11 +13,19 @@ from electrax.models.dropout import Seed, dropout
 from electrax.models.linear import Linear
 
 Implementation = Literal["plain", "xla", "cudnn"]
-Mask = Bool[Array, "B 1 Q L"]  # True = attend; Q is L, or 1 when every query of a row sees the same keys
+Mask = Bool[Array, "B 1 Q L"]  # True = attend; Q is 1 when every query of a row sees the same keys
+MemoryMask = Bool[Array, "B 1 1 S"]
+
+
+class KeyValues(NamedTuple):
+    """What a layer's attention reads: the keys and values of the tokens of a text, or of those decoded so far."""
+
+    keys: Float[Array, "B L H K"]
+    values: Float[Array, "B L H K"]
 
 
 def dot_product_attention(
-    q: Float[Array, "B L H K"],
+    q: Float[Array, "B T H K"],
     k: Float[Array, "B L H K"],
     v: Float[Array, "B L H K"],
     mask: Mask,
@@ -25,7 +33,7 @@ def dot_product_attention(
     implementation: Implementation = "plain",
     dropout_rate: float = 0.0,
     seed: Seed | None = None,
-) -> Float[Array, "B L H K"]:
+) -> Float[Array, "B T H K"]:
     """softmax(q kᵀ / √K + mask) v, with the softmax in float32.
 
     A masked key gets a weight of exactly 0 (the reference adds -10000, which underflows to the same 0). A query that
@@ -52,7 +60,11 @@ def rotate(x: Float[Array, "B L H K"], positions: Int[Array, "B L"]) -> Float[Ar
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused product for queries, keys and values: [B, L, D] -> [B, L, D]."""
+    """Multi-head self-attention with one fused product for queries, keys and values: [B, T, D] -> [B, T, D].
+
+    With a `cache` of L places the T tokens are those at the places from `start` on: their keys and values are written
+    there, and they read all L places as `mask` allows.
+    """
 
     heads: int
     rotary: bool = False
@@ -66,8 +78,14 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Mask, positions: Int[Array, "B L"], seed: Seed | None = None
-    ) -> Float[Array, "B L D"]:
+        self,
+        x: Float[Array, "B T D"],
+        mask: Mask,
+        positions: Int[Array, "B T"],
+        seed: Seed | None = None,
+        cache: KeyValues | None = None,
+        start: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         width = x.shape[-1]
         linear = functools.partial(Linear, use_bias=self.use_bias, dtype=self.dtype)
         # heads come first, so that a mesh can divide them while queries, keys and values stay one product
@@ -78,7 +96,50 @@ class SelfAttention(nn.Module):
             k = nn.RMSNorm(dtype=self.dtype, name="key_norm")(k)
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
+        if cache is not None:
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+            cache = KeyValues(write(cache.keys, k), write(cache.values, v))
+            k, v = cache
         mixed = dot_product_attention(
             q, k, v, mask, implementation=self.implementation, dropout_rate=self.dropout_rate, seed=seed
         )
-        return linear(width, inputs=2, kernel_init=self.output_init, name="output")(mixed)
+        return linear(width, inputs=2, kernel_init=self.output_init, name="output")(mixed), cache
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of one text to another, [B, T, D] and its `memory` [B, S, D] -> [B, T, D]. The memory may be
+    given as its keys and values, which are the same at every step of decoding."""
+
+    width: int
+    heads: int
+    use_bias: bool = True
+    dropout_rate: float = 0.0
+    implementation: Implementation = "plain"
+    dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    output_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    def setup(self):
+        linear = functools.partial(Linear, use_bias=self.use_bias, dtype=self.dtype)
+        each = (self.heads, self.width // self.heads)
+        self.query = linear(each, kernel_init=self.kernel_init)
+        self.key_value = linear((self.heads, 2, self.width // self.heads), kernel_init=self.kernel_init)
+        self.output = linear(self.width, inputs=2, kernel_init=self.output_init)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        memory: Float[Array, "B S D"] | KeyValues,
+        mask: MemoryMask,
+        seed: Seed | None = None,
+    ) -> Float[Array, "B T D"]:
+        memory = memory if isinstance(memory, KeyValues) else self.project(memory)
+        mixed = dot_product_attention(
+            self.query(x), *memory, mask, implementation=self.implementation, dropout_rate=self.dropout_rate, seed=seed
+        )
+        return self.output(mixed)
+
+    def project(self, memory: Float[Array, "B S D"]) -> KeyValues:
+        """The memory's keys and values."""
+        both = self.key_value(memory)
+        return KeyValues(both[:, :, :, 0], both[:, :, :, 1])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from electrax.models.attention import Implementation, Mask, SelfAttention
+from electrax.models.attention import CrossAttention, Implementation, KeyValues, Mask, MemoryMask, SelfAttention
 from electrax.models.dropout import Seed, dropout, fold
 from electrax.models.linear import Linear
 from electrax.models.lookup import LookupGradient, lookup
@@ -131,27 +131,40 @@ class Embeddings(nn.Module):
 
 
 class Block(nn.Module):
-    """One Transformer layer: self-attention and a feed-forward network, [B, L, D] -> [B, L, D]."""
+    """One Transformer layer, [B, T, D] -> [B, T, D]: self-attention, with a `memory` attention to that, and a
+    feed-forward network. `cache` and `start` as in SelfAttention; the result comes with the cache."""
 
     config: EncoderConfig
 
+    def cross_attention(self, name: str | None = "cross_attention") -> CrossAttention:
+        return CrossAttention(self.config.width, **self._attention(), name=name)
+
+    def _attention(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "heads": c.heads,
+            "use_bias": not c.modern,
+            "dropout_rate": c.attention_dropout,
+            "implementation": c.attention,
+            "dtype": c.dtype,
+            "kernel_init": c.kernel_init(),
+            "output_init": c.kernel_init(residual=True),
+        }
+
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Mask, positions: Int[Array, "B L"], seed: Seed | None = None
-    ) -> Float[Array, "B L D"]:
+        self,
+        x: Float[Array, "B T D"],
+        mask: Mask,
+        positions: Int[Array, "B T"],
+        seed: Seed | None = None,
+        memory: Float[Array, "B S D"] | KeyValues | None = None,
+        memory_mask: MemoryMask | None = None,
+        cache: KeyValues | None = None,
+        start: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         c = self.config
-        attention = SelfAttention(
-            c.heads,
-            rotary=c.modern,
-            qk_norm=c.qk_norm,
-            use_bias=not c.modern,
-            dropout_rate=c.attention_dropout,
-            implementation=c.attention,
-            dtype=c.dtype,
-            kernel_init=c.kernel_init(),
-            output_init=c.kernel_init(residual=True),
-            name="attention",
-        )
+        attention = SelfAttention(**self._attention(), rotary=c.modern, qk_norm=c.qk_norm, name="attention")
 
         def dense(features: int, name: str, residual: bool = False):
             return Linear(
@@ -163,29 +176,48 @@ class Block(nn.Module):
             h = gelu(dense(c.feed_forward, "gate")(h)) * up if c.modern else gelu(up)
             return dense(c.width, "down", residual=True)(h)
 
-        drop_attention, drop_output = fold(seed, 1), fold(seed, 2)
-        attention_norm, output_norm = c.norm("attention_norm"), c.norm("output_norm")
-        if c.modern:
-            x = x + dropout(attention(attention_norm(x), mask, positions, fold(seed, 0)), c.dropout, drop_attention)
-            return x + dropout(feed_forward(output_norm(x)), c.dropout, drop_output)
-        x = attention_norm(x + dropout(attention(x, mask, positions, fold(seed, 0)), c.dropout, drop_attention))
-        return output_norm(x + dropout(feed_forward(x), c.dropout, drop_output))
+        def attend(h):
+            nonlocal cache
+            h, cache = attention(h, mask, positions, fold(seed, 0), cache, start)
+            return h
+
+        def add(x, part, norm: str, site: int):
+            """x + part(x), normalised before the part (modern) or after the sum (electra)."""
+            norm = c.norm(norm)
+            if c.modern:
+                return x + dropout(part(norm(x)), c.dropout, fold(seed, site))
+            return norm(x + dropout(part(x), c.dropout, fold(seed, site)))
+
+        x = add(x, attend, "attention_norm", 1)
+        if memory is not None:
+            cross = self.cross_attention()
+            x = add(x, lambda h: cross(h, memory, memory_mask, fold(seed, 3)), "cross_attention_norm", 4)
+        return add(x, feed_forward, "output_norm", 2), cache
 
 
 class Encoder(nn.Module):
-    """Embedded text [B, L, E] -> hidden states [B, L, D]: a projection where E differs from D, then the layers."""
+    """Embedded text [B, T, E] -> hidden states [B, T, D]: a projection where E differs from D, then the layers.
+
+    A decoder is one too: with a mask that looks back, and perhaps a `memory` to read beside, the hidden states of
+    another text or in `memory` one KeyValues a layer. With the `cache` of every layer, and `start` as in SelfAttention,
+    it returns (hidden states, cache).
+    """
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(
         self,
-        embedded: Float[Array, "B L E"],
+        embedded: Float[Array, "B T E"],
         mask: Mask,
-        positions: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
         seed: Seed | None = None,
-    ) -> Float[Array, "B L D"]:
-        """`positions` (default 0 … L-1) matter to rotary attention only. Without `seed` nothing is dropped."""
+        memory: Float[Array, "B S D"] | list[KeyValues] | None = None,
+        memory_mask: MemoryMask | None = None,
+        cache: list[KeyValues] | None = None,
+        start: Int[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], list[KeyValues]]:
+        """`positions` (default 0 … T-1) matter to rotary attention only. Without `seed` nothing is dropped."""
         c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(embedded.shape[1]), embedded.shape[:2])
@@ -196,10 +228,12 @@ class Encoder(nn.Module):
             x = Linear(c.width, dtype=c.dtype, kernel_init=init, name="embeddings_project")(x)
         block = Block(c)
         names = [f"layer_{i}" for i in range(c.layers)]
+        memories = memory if isinstance(memory, list) else [None] * c.layers  # of each layer
+        memory = None if isinstance(memory, list) else memory
         if self.is_initializing():
             # all at once: the initialisers of one layer are compiled, not those of every layer
             keys = jax.random.split(self.make_rng("params"), c.layers)
-            drawn = jax.vmap(lambda key: block.init(key, x, mask, positions)["params"])(keys)
+            drawn = jax.vmap(lambda key: block.init(key, x, mask, positions, None, memory, memory_mask)["params"])(keys)
             layers = [
                 self.param(name, lambda _, i=i: jax.tree.map(lambda leaf: leaf[i], drawn))
                 for i, name in enumerate(names)
@@ -208,8 +242,9 @@ class Encoder(nn.Module):
             layers = [self.get_variable("params", name) for name in names]
 
         def apply(x, layer):
-            params, seed = layer
-            return block.apply({"params": params}, x, mask, positions, seed)
+            params, seed, own, cache = layer
+            own = memory if own is None else own
+            return block.apply({"params": params}, x, mask, positions, seed, own, memory_mask, cache, start)
 
         if c.remat:
             policies = jax.checkpoint_policies
@@ -219,10 +254,14 @@ class Encoder(nn.Module):
             apply = jax.checkpoint(apply, prevent_cse=not c.scanned, policy=policy)
         apply = jax.jit(apply)  # traced once for all layers; the compiler takes the call apart again
         seeds = [fold(seed, i) for i in range(c.layers)]
+        each = list(zip(layers, seeds, memories, cache or [None] * c.layers, strict=True))
         if c.scanned:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, seeds, strict=True))
-            x, _ = jax.lax.scan(lambda x, layer: (apply(x, layer), None), x, stacked)
+            x, written = jax.lax.scan(apply, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+            kept = [jax.tree.map(lambda leaf, i=i: leaf[i], written) for i in range(c.layers)]
         else:
-            for layer in zip(layers, seeds, strict=True):
-                x = apply(x, layer)
-        return c.norm("final_norm")(x) if c.modern else x
+            kept = []
+            for layer in each:
+                x, written = apply(x, layer)
+                kept.append(written)
+        x = c.norm("final_norm")(x) if c.modern else x
+        return x if cache is None else (x, kept)
