@@ -143,5 +143,34 @@ class LengthBuckets:
 
     def _cut(self, order: np.ndarray, place: int) -> tuple[np.ndarray, int]:
         rows = order[place * self.batch_size : (place + 1) * self.batch_size]
-        length = int(self.buckets[self._bucket[rows].max()])
-        return np.pad(rows, (0, self.batch_size - len(rows)), constant_values=-1), length
+        return np.pad(rows, (0, self.batch_size - len(rows)), constant_values=-1), self._lengths_of(rows)
+
+    def _lengths_of(self, rows: np.ndarray) -> int:
+        return int(self.buckets[self._bucket[rows].max()])
+
+
+class PairBuckets(LengthBuckets):
+    """As LengthBuckets, for rows of two texts [N, 2] that are padded apart, to at most `most` pairs of lengths: the
+    first texts to a third of them, and in each of these buckets the second texts to three."""
+
+    def __init__(self, lengths: Int64[np.ndarray, "N 2"], batch_size: int, most: int = 12):
+        first = LengthBuckets(lengths[:, 0], batch_size, max(1, most // 3))
+        self.lengths, self.batch_size, self.batches = lengths, batch_size, first.batches
+        order = np.lexsort((lengths[:, 1], first._bucket))  # each bucket holds whole batches, and so do its parts:
+        ends = np.minimum((np.arange(len(lengths)) // batch_size + 1) * batch_size, len(lengths))
+        needed = np.empty((len(lengths), 2), np.int64)
+        needed[:, 0] = first.buckets[first._bucket]
+        needed[order, 1] = lengths[order[ends - 1], 1]
+        for number in range(len(first.buckets)):
+            inside = first._bucket == number
+            second = bucket_lengths(needed[inside, 1], min(3, most))
+            needed[inside, 1] = second[np.searchsorted(second, needed[inside, 1])]
+        self.buckets, self._bucket = np.unique(needed, axis=0, return_inverse=True)
+        self._epoch = functools.lru_cache(maxsize=2)(self._order_of)
+
+    def padding_share(self) -> float:
+        return 1 - int(self.lengths.sum()) / int(self.buckets[self._bucket].sum())
+
+    def _lengths_of(self, rows: np.ndarray) -> tuple[int, int]:
+        first, second = self.buckets[self._bucket[rows]].max(axis=0)
+        return int(first), int(second)

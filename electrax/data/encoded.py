@@ -50,15 +50,13 @@ class TokenRows:
     def __len__(self) -> int:
         return (len(self.starts) - 1) // self.group
 
-    def sha256(self) -> str:
-        """Of everything in the rows."""
+    def sha256(self, leave_out: str = "") -> str:
+        """Of everything in the rows but one field."""
         digest = hashlib.sha256(self.starts.tobytes())
-        for name, values in [*sorted(self.tokens.items()), *sorted(self.fields.items())]:
+        fields = [(name, values) for name, values in sorted(self.fields.items()) if name != leave_out]
+        for name, values in [*sorted(self.tokens.items()), *fields]:
             digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
-
-    def without(self, field: str) -> "TokenRows":
-        return replace(self, fields={name: a for name, a in self.fields.items() if name != field})
 
     def with_fields(self, **fields: np.ndarray) -> "TokenRows":
         return replace(self, fields={**self.fields, **fields})

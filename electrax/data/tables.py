@@ -56,7 +56,8 @@ def iter_table(
     `text` names one column, a pair, or a context and its choices; an empty `label` stands for no labels. Where all
     names are numbers, a .csv or .tsv file has no header and they count its columns from 0. A JSON or Parquet list is
     multi-label, and so is every label with a `label_separator`, at which it is split. Labels lose the white space
-    around them. A .txt file holds one text a line. `tfds:NAME[/split]` is looked for in `tfds_dir`.
+    around them. A list of sentences is one text. A .txt file holds one text a line. `tfds:NAME[/split]` is looked for
+    in `tfds_dir`.
     """
     columns = [*text, label] if label else list(text)
     for where, record in _records(os.fspath(path), columns, bool(label), tfds_dir):
@@ -97,7 +98,7 @@ def _example(
         if name not in record:
             return Fault("missing column", _missing(name, list(record)))
     try:
-        texts = [_plain(record[name]) for name in text]
+        texts = [_joined(_plain(record[name])) for name in text]
         value = _label(_plain(record[label]), separator) if label else None
     except UnicodeDecodeError as error:
         return Fault("encoding", f"expected UTF-8, found 0x{error.object[error.start]:02x} ({error.reason})")
@@ -107,6 +108,12 @@ def _example(
     if label and value is None:
         return Fault("label", f"expected a label in column {label!r}, found {short(_plain(record[label]))}")
     return TextExample(where, tuple(texts), value)
+
+
+def _joined(value: Any) -> Any:
+    """A list of sentences as one text."""
+    is_sentences = isinstance(value, list) and value and all(isinstance(sentence, str) for sentence in value)
+    return " ".join(value) if is_sentences else value
 
 
 def _label(value: Any, separator: str) -> str | tuple[str, ...] | None:

@@ -13,6 +13,7 @@ from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE
 from electrax.models.heads import HeadStyle
 from electrax.models.sizes import GeneratorConfig, ModelConfig
 from electrax.tasks.pretrain import ObjectiveConfig
+from electrax.tasks.rewrite import DecoderWeights
 from electrax.training.checkpoint import CheckpointConfig
 from electrax.training.loop import EvalConfig, LogConfig
 from electrax.training.optim import OptimizerConfig
@@ -131,10 +132,33 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """What writes, in the task rewrite: as wide as the encoder that it reads."""
+
+    layers: int = 0  # 0: as many as the encoder
+    weights: DecoderWeights = "encoder"  # start as the encoder's layers, share them, or start as they are drawn
+    tokenizer: str = ""  # of the target; default: the source's; else a kind to train on the targets, or a path
+    vocab_size: int = 8000  # of a tokenizer to train
+    max_length: int = 64  # tokens of an output
+    label_smoothing: float = 0.1
+    beams: int = 4  # of the search for the best output; 1: always the likeliest token
+    length_penalty: float = 1.0  # the score is the log-probability over ((5 + tokens) / 6) to this power
+
+    def __post_init__(self):
+        if self.layers < 0 or self.max_length < 2 or self.beams < 1:
+            raise UserError(
+                "decoder.layers must not be negative, decoder.max_length at least 2 and decoder.beams at least 1, not "
+                f"{self.layers}, {self.max_length} and {self.beams}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"decoder.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
+
+
+@dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     """A fine-tuning run. Without `init_from` the model of [model] starts from random weights."""
 
-    task: Literal["classify", "tag", "answer"] = "classify"  # texts, words, or questions on a text
+    task: Literal["classify", "tag", "answer", "rewrite"] = "classify"  # texts, words, questions on a text, or to texts
     workdir: str = ""  # where everything of the run is kept; a run that is there is continued
     seed: int = 0  # of the head, data order and dropout
     seeds: int = 1  # models to train, with seed, seed + 1, …
@@ -146,11 +170,12 @@ class FinetuneConfig:
     profile: bool = False  # trace a few steps and show where their time goes; of one seed
     dry_run: bool = False  # only show what a step needs of each device, also of devices that are not there
     faithful: bool = False  # the reference's way: summed loss, layer-wise decay off by one
-    metric: str = ""  # the score; default: the benchmark's own, or accuracy, f1 (tags, answers), spearman, micro_f1
+    metric: str = ""  # the score; default: the benchmark's, or accuracy, f1 (tags, answers), bleu, spearman, micro_f1
     freeze_embeddings: bool = False  # they and their projection stay as they are
     freeze_layers: int = 0  # so many layers stay as they are, from the first on
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
+    decoder: DecoderConfig = DecoderConfig()
     data: ExamplesConfig = ExamplesConfig()
     teacher: TeacherConfig = TeacherConfig()
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
@@ -171,6 +196,10 @@ class FinetuneConfig:
             raise UserError(f"profile is for one model; expected seeds 1, not {self.seeds}")
         if self.seeds_at_once < 0:
             raise UserError(f"seeds_at_once must not be negative, but is {self.seeds_at_once}")
+        if self.task == "rewrite" and (len(self.data.text) != 1 or self.data.format not in ("table", "parallel")):
+            raise UserError(
+                "the task rewrite reads a table or parallel files, and data.text names one column or ending"
+            )
         if self.task == "classify" and self.data.format == "table":
             texts, choice = len(self.data.text), self.head.kind == "choice"
             if (texts < 3) if choice else texts not in (1, 2):

@@ -11,12 +11,13 @@ from electrax.config import UserError
 from electrax.data.conll import read_conll, read_conllu
 from electrax.data.examples import BadRows, Example, QuestionExample, TaggedExample, TextExample
 from electrax.data.glue import GLUE, read_glue
+from electrax.data.parallel import read_parallel
 from electrax.data.squad import read_mrqa, read_squad
 from electrax.data.tables import TFDS_PREFIX, read_table
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPRESSED = ("", ".gz", ".xz", ".zst")
-NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation")}  # of tables in a folder
+NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation", "val")}  # of tables in a folder
 TFDS_SPLITS = {"train": "train", "dev": "validation"}
 
 
@@ -26,15 +27,16 @@ class ExamplesConfig:
 
     path: str = ""  # a folder with a benchmark's own files, a file of one's own, or tfds:NAME
     tfds_dir: str = ""  # where prepared datasets lie; default: ~/tensorflow_datasets
-    format: Literal["table", "glue", "squad", "mrqa", "conll", "conllu"] = "table"
+    format: Literal["table", "glue", "squad", "mrqa", "conll", "conllu", "parallel"] = "table"
     glue: str = ""  # which task of GLUE
     train: str = ""  # file within path (a split of tfds); default: the file that path names, or train.csv and the like
     dev: str = ""  # the same of the rows to evaluate on; none: a share of train's
     holdout: float = 0.1  # that share
     limit: int = 0  # training rows to use, drawn evenly; 0: all
     on_bad_row: Literal["error", "skip"] = "error"  # report all of them and end, or leave them out and count
-    text: tuple[str, ...] = ("text",)  # columns: one, two for a pair, or the context and each choice
-    label: str = "label"  # column
+    # columns: one, two for a pair, or the context and each choice; of parallel files the ending of the source's name
+    text: tuple[str, ...] = ("text",)
+    label: str = "label"  # column; of parallel files the ending of the target's name
     label_separator: str = ""  # between the labels of a row, for several labels
     word_column: int = 0  # of CoNLL files; -1 is the last
     tag_column: int = -1
@@ -85,7 +87,7 @@ def read_examples(
 
 def hold_out(rows: list[Example], share: float, kind: str) -> tuple[list[Example], list[Example]]:
     """(training rows, dev rows), at random but the same ones every time. Questions on one context stay together, and a
-    row whose label no training row has is trained on, unless the labels are numbers."""
+    row whose label no training row has is trained on, unless the labels are numbers or texts."""
     groups: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
         groups.setdefault(row.context if isinstance(row, QuestionExample) else place, []).append(place)
@@ -96,7 +98,7 @@ def hold_out(rows: list[Example], share: float, kind: str) -> tuple[list[Example
             break
         dev.update(shuffled[number])
     known = {label for place, row in enumerate(rows) if place not in dev for label in _labels_of(row)}
-    if kind != "number":
+    if kind not in ("number", "text"):
         dev = {place for place in dev if known.issuperset(_labels_of(rows[place]))} or dev
     places = range(len(rows))
     return [rows[i] for i in places if i not in dev], [rows[i] for i in places if i in dev]
@@ -127,6 +129,12 @@ def _source(config: ExamplesConfig, split: str) -> str | None:
         return _find(path.parent, named) if named else None
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder (data.path)")
+    if config.format == "parallel":
+        names = (named,) if named else NAMES[split]
+        found = [name for name in names if _is_there(path / f"{name}.{config.text[0]}")]
+        if not found and (split == "train" or named):
+            raise UserError(f"{path / names[0]}.{config.text[0]}: no such file")
+        return str(path / found[0]) if found else None
     if named:
         return _find(path, named)
     suffixes = TABLES if config.format == "table" else (".json", ".jsonl", ".txt", ".conll", ".conllu")
@@ -147,6 +155,11 @@ def _find(folder: pathlib.Path, name: str) -> str:
     raise UserError(f"{folder / name}: no such file")
 
 
+def _is_there(path: pathlib.Path) -> bool:
+    """Compressed or not."""
+    return any(path.with_name(path.name + suffix).is_file() for suffix in COMPRESSED)
+
+
 def _read(config: ExamplesConfig, split: str, source: str, bad: BadRows) -> list[Example]:
     match config.format:
         case "glue":
@@ -159,7 +172,21 @@ def _read(config: ExamplesConfig, split: str, source: str, bad: BadRows) -> list
             return read_conll(source, bad, config.word_column, config.tag_column)
         case "conllu":
             return read_conllu(source, bad, config.tag)
+        case "parallel":
+            folder, name = pathlib.Path(source).parent, pathlib.Path(source).name
+            return read_parallel(*(_find(folder, f"{name}.{end}") for end in (config.text[0], config.label)), bad)
     return read_table(source, config.text, config.label, bad, config.label_separator, tfds_dir=config.tfds_dir or None)
+
+
+def targets_of(examples: Sequence[TextExample]) -> list[str]:
+    """What the texts shall become, to train a tokenizer on."""
+    return [text for example in examples for text in references(example)]
+
+
+def references(example: TextExample) -> tuple[str, ...]:
+    """Each text that the example's may become."""
+    label = example.label or ()
+    return (label,) if isinstance(label, str) else label
 
 
 def texts_of(examples: Sequence[Example]) -> list[str]:

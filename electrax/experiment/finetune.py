@@ -18,9 +18,10 @@ from electrax.data.outside import read_object
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, finished, read_config
-from electrax.experiment.examples import read_examples, texts_of
+from electrax.experiment.examples import read_examples, targets_of, texts_of
 from electrax.experiment.foreign import as_workdir
 from electrax.experiment.plan import Plan, plan_mesh, plan_run
+from electrax.experiment.rewrite import decoder_fields, rewrite_rows, started_decoder, target_tokenizer
 from electrax.experiment.rows import TaskRows, answer_rows, classify_rows, tag_rows, template_words
 from electrax.experiment.run import (
     HEAD_FILE,
@@ -38,12 +39,12 @@ from electrax.inference.classifier import Classifier
 from electrax.inference.reader import Reader
 from electrax.inference.tagger import Tagger
 from electrax.inference.template import TemplateClassifier
-from electrax.models.flops import encoder_forward
 from electrax.models.sizes import discriminator_shape
 from electrax.tasks.answer import AnswerTask
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
 from electrax.tasks.finetune import FinetuneTask
+from electrax.tasks.rewrite import RewriteTask
 from electrax.tasks.tag import TagTask
 from electrax.tasks.template import TemplateTask
 from electrax.training.evaluate import make_evaluate
@@ -58,6 +59,7 @@ PAPER = {
     "base": (1e-4, 0.8),
     "large": (5e-5, 0.9),
 }
+REWRITE = (5e-4, 1.0)  # a decoder has more to learn than a head
 # keys of [model] that belong to the pretrained weights; the others are free in fine-tuning
 SHAPE = ("size", "body", "layers", "width", "heads", "feed_forward", "embedding_width", "max_length", "qk_norm")
 
@@ -74,7 +76,7 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
         model = dataclasses.replace(model, max_length=max(model.max_length, config.data.max_length))
     elif config.data.max_length > model.max_length:
         raise UserError(f"data.max_length {config.data.max_length} is more than the model's {model.max_length}")
-    rate, decay = PAPER[model.size]
+    rate, decay = REWRITE if config.task == "rewrite" else PAPER[model.size]
     optimizer = dataclasses.replace(
         config.optimizer,
         learning_rate=config.optimizer.learning_rate or rate,
@@ -85,7 +87,7 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def initial_params(
-    config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokenizer, drawn: Params, mesh: Mesh
+    config: FinetuneConfig, task: FinetuneTask, head: dict[str, Any], tokenizer: Tokenizer, drawn: Params, mesh: Mesh
 ) -> Params:
     """The drawn weights with those of `init_from` in their place: embeddings and encoder, and the head where that run
     had the same task and outputs. Of another vocabulary or more positions what is new stays as it is drawn."""
@@ -98,12 +100,16 @@ def initial_params(
         kept = jax.tree.map(np.asarray, embeddings)
         embeddings = taken_embeddings(kept, drawn["embeddings"], *shared_tokens(known, tokenizer))
     taken = {"embeddings": embeddings, "discriminator": {"encoder": tower["encoder"]}}
+    if isinstance(task, RewriteTask) and not is_finetuned:
+        source = jax.tree.map(np.asarray, params["embeddings"])
+        target = target_tokenizer(config, tokenizer, ())
+        taken |= started_decoder(task, tower["encoder"], source, shared_tokens(known, target), drawn)
     if config.head.template:
         if "discriminator" not in params or "head" not in tower:
             raise UserError(f"init_from {config.init_from}: has no discriminator's head, which head.template asks")
         taken["discriminator"] = tower
     elif takes_head(start, head):
-        taken["head"] = params["head"]
+        taken |= {name: params[name] for name in params if name not in taken}
     return {**drawn, **taken}
 
 
@@ -126,7 +132,10 @@ def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokeni
 
 def train_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokenizer:
     data = config.data
-    return Tokenizer.train(data.tokenizer, texts_of(examples), data.vocab_size, data.lowercase)
+    texts = texts_of(examples)
+    if config.task == "rewrite" and not config.decoder.tokenizer:
+        texts += targets_of(examples)
+    return Tokenizer.train(data.tokenizer, texts, data.vocab_size, data.lowercase)
 
 
 def teacher_of(config: FinetuneConfig) -> Classifier | None:
@@ -204,6 +213,13 @@ def _make_task(
                 n_best=config.head.n_best,
                 windows=rows and rows.windows,
             )
+        case "rewrite":
+            return RewriteTask(
+                **common,
+                **decoder_fields(config, tokenizer.vocab_size, head),
+                tokenizer=rows and target_tokenizer(config, tokenizer, ()),
+                references=rows.references if rows else (),
+            )
 
 
 def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -211,7 +227,11 @@ def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(workdir) / HEAD_FILE
     try:
         head = read_object(path, task=str, kind=str, style=str, metric=str, classes=list, rows=str)
-        own = {"classify": {"scale": (int, float)}, "tag": {}, "answer": {"null_threshold": (int, float)}}
+        own = {
+            "classify": {"scale": (int, float)},
+            "answer": {"null_threshold": (int, float)},
+            "rewrite": {"target": dict},
+        }
         read_object(path, **own.get(head["task"], {}))
     except UserError as error:
         raise UserError(f"{path}: missing or damaged; expected the work directory of a fine-tuning ({error})") from None
@@ -262,17 +282,24 @@ def make_rows(
             if threshold is None:
                 threshold = known["null_threshold"] if known else NULL_THRESHOLDS[style]
             rows = answer_rows(data, threshold, tokenizer, *examples, size)
-    head = {"task": config.task, "kind": config.head.kind, "style": style, **rows.head}
+        case "rewrite":
+            target, style = target_tokenizer(config, tokenizer, examples[0]), "linear"
+            rows = rewrite_rows(data, config.decoder, tokenizer, target, *examples, size)
+    head = {"task": config.task, "kind": _kind(config), "style": style, **rows.head}
     if rows.dev is None or (rows.train is None and not known):
         raise UserError(f"{data.path}: no row is left to {'evaluate on' if rows.dev is None else 'train on'}")
-    head["rows"] = known["rows"] if known else rows.train.rows.without("teacher").sha256()
+    head["rows"] = known["rows"] if known else rows.train.rows.sha256(leave_out="teacher")
     return dataclasses.replace(rows, head=head)
+
+
+def _kind(config: FinetuneConfig) -> str:
+    return "text" if config.task == "rewrite" else config.head.kind
 
 
 def check(config: FinetuneConfig) -> tuple[FinetuneConfig, Tokenizer, TaskRows, FinetuneTask]:
     """All rows and everything else, read and checked; writes nothing but, among several processes, a tokenizer."""
     config = resolve(config)
-    examples = read_examples(config.data, config.head.kind)
+    examples = read_examples(config.data, _kind(config))
     tokenizer = get_tokenizer(config, examples[0])
     rows = make_rows(config, tokenizer, examples)
     return config, tokenizer, rows, make_task(config, tokenizer, rows.head, rows)
@@ -297,6 +324,10 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     eval_every = config.eval.every or min(epoch, steps)
     every = eval_every if config.eval.patience else config.checkpoint.every or eval_every  # the best one must be kept
     lengths = rows.train.rows.lengths
+
+    def initial(drawn: Params) -> Params:
+        return initial_params(config, task, rows.head, tokenizer, drawn, mesh)
+
     run = assemble(
         config,
         task,
@@ -304,14 +335,12 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
         mesh,
         example=rows.train.longest(),
         steps=steps,
-        flops_per_step=3.0
-        * config.batch_size
-        * float(np.mean([n * encoder_forward(task.encoder, n) for n in lengths.tolist()])),
-        tokens_per_step=config.batch_size * float(lengths.mean()),
+        flops_per_step=3.0 * config.batch_size * task.forward_flops(),
+        tokens_per_step=config.batch_size * float(lengths.sum()) / len(lengths),
         eval_every=eval_every,
         save_every=every,
         patience=config.eval.patience,
-        initial=(lambda drawn: initial_params(config, rows.head, tokenizer, drawn, mesh)) if config.init_from else None,
+        initial=initial if config.init_from else None,
         is_frozen=task.is_frozen,
     )
     return run, dataclasses.replace(rows, notes=(*rows.notes, *_start_notes(config, rows.head, tokenizer)))
@@ -386,7 +415,7 @@ def evaluate_trained(config: FinetuneConfig, step: int | None = None) -> tuple[F
     workdir, mesh = finished(config.workdir), mesh_for(config)
     tokenizer, head = Tokenizer.load(workdir), read_head(workdir)
     whole = config.data.path != read_config(workdir).data.path
-    examples = read_examples(config.data, config.head.kind, train=False, whole=whole)
+    examples = read_examples(config.data, _kind(config), train=False, whole=whole)
     rows = make_rows(config, tokenizer, examples, head)
     task = make_task(config, tokenizer, head, rows)
     step, params = trained(workdir, mesh, step)

@@ -20,6 +20,7 @@ from electrax.data.examples import (
     short,
 )
 from electrax.data.glue import GLUE
+from electrax.data.parallel import PairBatches
 from electrax.data.templates import fill_templates
 from electrax.data.tokenizer import Tokenizer
 from electrax.data.windows import Windows, make_windows
@@ -35,11 +36,12 @@ from electrax.tasks.tags import most_fitting
 class TaskRows:
     """The rows of a task, what its head's outputs mean (kept as head.json), and what there is to say about them."""
 
-    train: RowBatches | None  # none of a model that is only evaluated
-    dev: RowBatches | None
+    train: RowBatches | PairBatches | None  # none of a model that is only evaluated
+    dev: RowBatches | PairBatches | None
     head: dict[str, Any]
     notes: tuple[str, ...]
     windows: Windows | None = None  # those of dev
+    references: Sequence[tuple[str, ...]] = ()  # what the texts of dev may become
 
 
 # -- classification ----------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def classify_rows(
             fields["teacher"] = _taught(teacher, examples, classes, scale)
         rows = dataclasses.replace(rows, fields=fields)
         batches[name] = RowBatches.of(rows, batch_size, {"ids": tokenizer.pad_id, "spans": 0}, config.shapes)
-    return TaskRows(**batches, head=head, notes=_notes(bad, cut, config))
+    return TaskRows(**batches, head=head, notes=notes_of(bad, cut, config.max_length))
 
 
 def template_words(outputs: HeadConfig, classes: Sequence[str]) -> tuple[str, ...]:
@@ -172,9 +174,12 @@ def _labels(kind: str, examples: list[TextExample], classes: Sequence[str], scal
     return out
 
 
-def _notes(bad: BadRows, cut: dict[str, int], config: ExamplesConfig) -> tuple[str, ...]:
+def notes_of(bad: BadRows, cut: dict[str, int], *lengths: int) -> tuple[str, ...]:
+    """How many rows of each kind were cut to the one of `lengths` that is its (the last for targets), and left out."""
     notes = [
-        f"{count:,} {name} rows longer than {config.max_length} tokens were cut" for name, count in cut.items() if count
+        f"{count:,} {name} rows longer than {lengths[-1 if 'target' in name else 0]} tokens were cut"
+        for name, count in cut.items()
+        if count
     ]
     skipped = ", ".join(f"{count} {kind}" for kind, count in bad.counts.most_common())
     return (*notes, *([f"bad rows left out: {skipped}"] if skipped else []))
@@ -201,7 +206,7 @@ def tag_rows(
         batches[name] = _tag_batches(config, tokenizer, good, tags, scheme, batch_size) if good else None
     bad.close(config.path)
     head = {"classes": list(tags), "scheme": scheme, "metric": "f1" if scheme else "accuracy"}
-    notes = _notes(bad, {}, config)
+    notes = notes_of(bad, {}, config.max_length)
     if unfit:
         notes += (f"{unfit:,} training sentences are not valid {scheme}; their spans are read by conlleval's rule",)
     return TaskRows(**batches, head=head, notes=notes)
@@ -259,4 +264,4 @@ def answer_rows(
         windows[name] = made
     bad.close(config.path)
     head = {"classes": [], "null_threshold": null_threshold, "metric": "f1"}
-    return TaskRows(**batches, head=head, notes=_notes(bad, {}, config), windows=windows["dev"])
+    return TaskRows(**batches, head=head, notes=notes_of(bad, {}, config.max_length), windows=windows["dev"])

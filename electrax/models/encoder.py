@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -130,26 +131,30 @@ class Embeddings(nn.Module):
         return self.norm(x)
 
 
+def _attention_options(c: EncoderConfig) -> dict[str, Any]:
+    return {
+        "heads": c.heads,
+        "use_bias": not c.modern,
+        "dropout_rate": c.attention_dropout,
+        "implementation": c.attention,
+        "dtype": c.dtype,
+        "kernel_init": c.kernel_init(),
+        "output_init": c.kernel_init(residual=True),
+    }
+
+
+def project_memory(c: EncoderConfig, layers: Mapping[str, Any], memory: Float[Array, "B S D"]) -> list[KeyValues]:
+    """The keys and values that each of a decoder's layers, given by their parameters, reads of the memory."""
+    attention = CrossAttention(c.width, **_attention_options(c))
+    each = ({"params": layers[f"layer_{i}"]["cross_attention"]} for i in range(c.layers))
+    return [attention.apply(params, memory, method="project") for params in each]
+
+
 class Block(nn.Module):
     """One Transformer layer, [B, T, D] -> [B, T, D]: self-attention, with a `memory` attention to that, and a
     feed-forward network. `cache` and `start` as in SelfAttention; the result comes with the cache."""
 
     config: EncoderConfig
-
-    def cross_attention(self, name: str | None = "cross_attention") -> CrossAttention:
-        return CrossAttention(self.config.width, **self._attention(), name=name)
-
-    def _attention(self) -> dict[str, Any]:
-        c = self.config
-        return {
-            "heads": c.heads,
-            "use_bias": not c.modern,
-            "dropout_rate": c.attention_dropout,
-            "implementation": c.attention,
-            "dtype": c.dtype,
-            "kernel_init": c.kernel_init(),
-            "output_init": c.kernel_init(residual=True),
-        }
 
     @nn.compact
     def __call__(
@@ -164,7 +169,7 @@ class Block(nn.Module):
         start: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         c = self.config
-        attention = SelfAttention(**self._attention(), rotary=c.modern, qk_norm=c.qk_norm, name="attention")
+        attention = SelfAttention(**_attention_options(c), rotary=c.modern, qk_norm=c.qk_norm, name="attention")
 
         def dense(features: int, name: str, residual: bool = False):
             return Linear(
@@ -190,7 +195,7 @@ class Block(nn.Module):
 
         x = add(x, attend, "attention_norm", 1)
         if memory is not None:
-            cross = self.cross_attention()
+            cross = CrossAttention(c.width, **_attention_options(c), name="cross_attention")
             x = add(x, lambda h: cross(h, memory, memory_mask, fold(seed, 3)), "cross_attention_norm", 4)
         return add(x, feed_forward, "output_norm", 2), cache
 

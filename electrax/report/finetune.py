@@ -253,7 +253,7 @@ def show_preflight(run: Run, rows: TaskRows) -> None:
     start = f"the weights of {config.init_from}" if config.init_from else "random weights"
     show_line("start", start + (f", first {config.freeze_layers} layers frozen" if config.freeze_layers else ""))
     show_line("data", f"{len(train.rows):,} training and {len(dev.rows):,} dev rows, {outputs(rows.head)}")
-    lengths = ", ".join(str(length) for length in train.buckets.buckets)
+    lengths = ", ".join("→".join(map(str, np.atleast_1d(length))) for length in train.buckets.buckets)
     show_line("row lengths", f"{lengths} tokens; {train.buckets.padding_share():.1%} padding")
     show_notes(rows)
     show_steps(run, f"{config.batch_size} rows, {run.tokens_per_step:,.0f} tokens on average")
@@ -268,6 +268,8 @@ def outputs(head: dict[str, Any]) -> str:
     """What a head gives, in words."""
     if head["task"] == "answer":
         return "answers as spans of the text"
+    if head["task"] == "rewrite":
+        return f"texts of {head['target']['vocab_size']:,} tokens"
     if head["task"] == "classify" and head["kind"] == "number":
         return "a number"
     names = head["classes"]

@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from electrax.data.encoded import RowBatches
+from electrax.data.parallel import PairBatches
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
+from electrax.models.flops import encoder_forward
 from electrax.models.masks import padding_mask, segment_ids
 from electrax.tasks.base import Batch, Params
 
@@ -30,8 +32,8 @@ class FinetuneTask:
     encoder: EncoderConfig
     pad_id: int
     sep_id: int
-    train: RowBatches | None = dataclasses.field(default=None, repr=False, compare=False)
-    dev: RowBatches | None = dataclasses.field(default=None, repr=False, compare=False)
+    train: RowBatches | PairBatches | None = dataclasses.field(default=None, repr=False, compare=False)
+    dev: RowBatches | PairBatches | None = dataclasses.field(default=None, repr=False, compare=False)
     batch_size: int = 0
     seed: int = 0
     faithful: bool = False
@@ -76,6 +78,11 @@ class FinetuneTask:
         mask = padding_mask(ids != self.pad_id)
         encoder = {"params": frozen["discriminator"]["encoder"]}
         return Encoder(self.encoder).apply(encoder, embedded, mask, None, seed)
+
+    def forward_flops(self) -> float:
+        """Of a training row at its own length, on average."""
+        assert self.train is not None
+        return float(np.mean([n * encoder_forward(self.encoder, n) for n in self.train.rows.lengths.tolist()]))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ def scale_by_layer(config: OptimizerConfig, faithful: bool) -> optax.GradientTra
 
 
 def _layers(tower: dict) -> int:
-    return sum(name.startswith("layer_") for name in tower.get("encoder", {}))
+    return sum(name.startswith("layer_") for name in tower.get("encoder", tower))
 
 
 def make_optimizer(

@@ -14,24 +14,28 @@ from electrax.config import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-ENCODER = r"(discriminator/|generator/(backward_)?)encoder"
+ENCODER = r"((discriminator/|generator/(backward_)?)encoder|decoder)"
 
 # (pattern of the whole parameter path, mesh axis of each array axis). Exactly one row fits a parameter. Moments of the
 # optimizer are matched by the parameter's path at the end of theirs.
 TABLE: tuple[tuple[str, P], ...] = (
-    (r"(generator_)?embeddings/word", P("fsdp", None)),
-    (r"(generator_)?embeddings/(position|type)", P(None, "fsdp")),
+    (r"((generator|target)_)?embeddings/word", P("fsdp", None)),
+    (r"((generator|target)_)?embeddings/(position|type)", P(None, "fsdp")),
     (rf"{ENCODER}/embeddings_project/kernel", P("fsdp", None)),
     (rf"{ENCODER}/layer_\d+/attention/qkv/kernel", P("fsdp", "model", None, None)),
     (rf"{ENCODER}/layer_\d+/attention/qkv/bias", P("model", None, None)),
-    (rf"{ENCODER}/layer_\d+/attention/output/kernel", P("model", None, "fsdp")),
+    (rf"{ENCODER}/layer_\d+/cross_attention/query/kernel", P("fsdp", "model", None)),
+    (rf"{ENCODER}/layer_\d+/cross_attention/query/bias", P("model", None)),
+    (rf"{ENCODER}/layer_\d+/cross_attention/key_value/kernel", P("fsdp", "model", None, None)),
+    (rf"{ENCODER}/layer_\d+/cross_attention/key_value/bias", P("model", None, None)),
+    (rf"{ENCODER}/layer_\d+/(cross_)?attention/output/kernel", P("model", None, "fsdp")),
     (rf"{ENCODER}/layer_\d+/(up|gate)/kernel", P("fsdp", "model")),
     (rf"{ENCODER}/layer_\d+/(up|gate)/bias", P("model")),
     (rf"{ENCODER}/layer_\d+/down/kernel", P("model", "fsdp")),
     (r"(generator|discriminator)/head/dense/kernel", P("fsdp", None)),
-    (r"generator/head/output_bias", P("fsdp")),
+    (r"(generator/)?head/output_bias", P("fsdp")),
     (r"discriminator/head/output/kernel", P("fsdp", None)),
-    (r".*/(attention/output|embeddings_project|down|head/dense|head/output)/bias", P()),
+    (r".*/((cross_)?attention/output|embeddings_project|down|head/dense|head/output)/bias", P()),
     (r"head/(\w+/)*kernel", P("fsdp", None)),
     (r"head/(\w+/)*bias", P()),
     (r".*norm/(scale|bias)", P()),

@@ -1,0 +1,173 @@
+"""From a decoder's step to whole texts: greedily, by sampling, or by beam search. Pure functions of arrays."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Cache = Any  # a tree of arrays whose first axis is the row
+# (cache, the tokens [B] at a place, that place) -> (float32 logits [B, V] of the tokens after them, cache)
+Step = Callable[[Cache, Int[Array, "B"], Int[Array, ""]], tuple[Float[Array, "B V"], Cache]]
+LOWEST = jnp.finfo(jnp.float32).min
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits, in the order of the fields; the default is the arg max."""
+
+    repetition_penalty: float = 1.0  # logits of tokens that were there are divided by it, or multiplied if negative
+    temperature: float = 0.0  # 0: the likeliest
+    top_k: int = 0  # of the likeliest tokens so many only; 0: all
+    top_p: float = 1.0  # of the likeliest tokens the fewest whose probabilities sum to it
+
+
+class Decoded(NamedTuple):
+    """Tokens of each row, `fill` after the end token, how many they are with the end token, and their log-probability,
+    or of beam search their score."""
+
+    ids: Int[Array, "*B T"]
+    lengths: Int[Array, "*B"]
+    scores: Float[Array, "*B"]
+
+
+def choose(
+    sampling: Sampling, keys: Key[Array, "B"], logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None = None
+) -> Int[Array, "B"]:
+    """The next token of each row, drawn with the row's key. `seen` says which tokens the penalty is for (Keskar et al.
+    2019, CTRL, section 4.1)."""
+    if sampling.repetition_penalty != 1.0 and seen is not None:
+        p = sampling.repetition_penalty
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / p, logits * p), logits)
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k and sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, LOWEST, logits)
+    if sampling.top_p < 1.0:
+        ordered = -jnp.sort(-logits, axis=-1)
+        shares = jax.nn.softmax(ordered, axis=-1)
+        inside = jnp.cumsum(shares, axis=-1) - shares < sampling.top_p  # what is before a token does not suffice
+        least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, LOWEST, logits)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def decode(
+    step: Step,
+    cache: Cache,
+    first: Int[Array, "B"],
+    length: int,
+    end_id: int,
+    fill_id: int,
+    *,
+    start: Int[Array, ""] | int = 0,
+    sampling: Sampling = Sampling(),
+    keys: Key[Array, "B"] | None = None,
+    seen: Bool[Array, "B V"] | None = None,
+) -> Decoded:
+    """Up to `length` tokens after the tokens `first`, which stand at the place `start`; a row ends with `end_id`.
+
+    Row b's i-th token is drawn with fold_in(keys[b], i), so it depends on no other row. `seen` are the tokens that the
+    repetition penalty is for from the start on; those decoded are added. `scores` are sums of log-probabilities.
+    """
+    rows = first.shape[0]
+    keys = jax.random.split(jax.random.key(0), rows) if keys is None else keys
+    penalised = sampling.repetition_penalty != 1.0
+    none = jnp.zeros((rows, 0), bool)
+
+    def unfinished(carry):
+        i, done = carry[0], carry[4]
+        return (i < length) & ~jnp.all(done)
+
+    def body(carry):
+        i, cache, token, ids, done, scores, seen = carry
+        logits, cache = step(cache, token, start + i)
+        each = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        token = choose(sampling, each, logits, seen if penalised else None)
+        log_prob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        token = jnp.where(done, fill_id, token)
+        ids = jax.lax.dynamic_update_slice_in_dim(ids, token[:, None], i, axis=1)
+        scores = scores + jnp.where(done, 0.0, log_prob)
+        if penalised:
+            seen = seen.at[jnp.arange(rows), token].set(True)
+        return i + 1, cache, token, ids, done | (token == end_id), scores, seen
+
+    ids = jnp.full((rows, length), fill_id, jnp.int32)
+    if penalised and seen is None:
+        logits = jax.eval_shape(step, cache, first, jnp.int32(0))[0]
+        seen = jnp.zeros(logits.shape, bool)
+    carry = (jnp.int32(0), cache, first, ids, jnp.zeros(rows, bool), jnp.zeros(rows), seen if penalised else none)
+    _, _, _, ids, _, scores, _ = jax.lax.while_loop(unfinished, body, carry)
+    return Decoded(ids, _lengths(ids, end_id, fill_id), scores)
+
+
+def _lengths(ids: Int[Array, "*B T"], end_id: int, fill_id: int) -> Int[Array, "*B"]:
+    """Tokens up to the first end token, that too, or all."""
+    ended = jnp.cumsum(ids == end_id, axis=-1) - (ids == end_id) > 0
+    return jnp.sum(~ended & ((ids != fill_id) | (end_id == fill_id)), axis=-1).astype(jnp.int32)
+
+
+def beam_search(
+    step: Step,
+    cache: Cache,
+    first: Int[Array, "B"],
+    length: int,
+    end_id: int,
+    fill_id: int,
+    *,
+    beams: int,
+    n_best: int = 1,
+    length_penalty: float = 1.0,
+) -> Decoded:
+    """The `n_best` best of `beams` continuations of each row [B, n_best, T], the best first.
+
+    A continuation ends with `end_id` or has `length` tokens. Its score is its log-probability divided by
+    ((5 + tokens) / 6) ** length_penalty (Wu et al. 2016, section 7). The rows of `cache` are those of `first` times
+    `beams`, the beams of a row together. A row is done when no live beam can come among its `n_best` any more.
+    """
+    rows = first.shape[0]
+
+    def normalised(scores, tokens):
+        return scores / ((5.0 + tokens) / 6.0) ** length_penalty
+
+    def unfinished(carry):
+        i, live, best = carry[0], carry[4], carry[6]
+        # a live beam only gets less likely; its score is highest with the largest divisor it can still get
+        most = normalised(jnp.max(live, axis=1), jnp.float32(length if length_penalty > 0 else i + 1))
+        return (i < length) & ~jnp.all(best[:, n_best - 1] >= most)
+
+    def body(carry):
+        i, cache, token, ids, live, kept, best = carry
+        logits, cache = step(cache, token.reshape(-1), i)
+        vocabulary = logits.shape[-1]
+        each = min(2 * beams, vocabulary)  # of a beam; one of them at most is its end
+        likeliest, tokens = jax.lax.top_k(logits, each)
+        gain = likeliest - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        scores = (live[:, :, None] + gain.reshape(rows, beams, each)).reshape(rows, -1)
+        scores, places = jax.lax.top_k(scores, min(2 * beams, beams * each))
+        parents = places // each
+        tokens = jnp.take_along_axis(tokens.reshape(rows, -1), places, axis=1).astype(jnp.int32)
+        longer = jnp.take_along_axis(ids, parents[:, :, None], axis=1)
+        longer = jax.lax.dynamic_update_slice_in_dim(longer, tokens[:, :, None], i, axis=2)
+        over = (tokens == end_id) | (i + 1 == length)
+        ended = jnp.where(over & (scores > LOWEST), normalised(scores, (i + 1).astype(jnp.float32)), LOWEST)
+        best, order = jax.lax.top_k(jnp.concatenate([best, ended], axis=1), beams)
+        kept = jnp.take_along_axis(jnp.concatenate([kept, longer], axis=1), order[:, :, None], axis=1)
+        live, order = jax.lax.top_k(jnp.where(over, LOWEST, scores), beams)
+        parents = jnp.take_along_axis(parents, order, axis=1)
+        flat = (jnp.arange(rows)[:, None] * beams + parents).reshape(-1)
+        cache = jax.tree.map(lambda leaf: leaf[flat], cache)
+        ids = jnp.take_along_axis(longer, order[:, :, None], axis=1)
+        return i + 1, cache, jnp.take_along_axis(tokens, order, axis=1), ids, live, kept, best
+
+    ids = jnp.full((rows, beams, length), fill_id, jnp.int32)
+    live = jnp.full((rows, beams), LOWEST).at[:, 0].set(0.0)  # all beams start as one
+    token = jnp.broadcast_to(first[:, None], (rows, beams))
+    carry = (jnp.int32(0), cache, token, ids, live, ids, jnp.full((rows, beams), LOWEST))
+    *_, kept, best = jax.lax.while_loop(unfinished, body, carry)
+    kept, best = kept[:, :n_best], best[:, :n_best]
+    return Decoded(kept, _lengths(kept, end_id, fill_id), best)
