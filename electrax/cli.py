@@ -17,7 +17,7 @@ USAGE = """usage: electrax COMMAND …
 
   prepare   TEXT… --out DIR [--tokenizer …]      text -> tokenizer + token shards
   pretrain  CONFIG [--section.key value …]       train generator and discriminator; run again to continue
-  finetune  CONFIG [--section.key value …]       train a classifier, tagger or question answerer; the same
+  finetune  CONFIG [--section.key value …]       train a classifier, tagger, reader or translator; the same
   evaluate  WORKDIR [--section.key value …]      the figures of a trained model on held-out or dev rows
   predict   WORKDIR INPUT [--key value …]        one line or row in, one JSON object out
   convert   FROM TO [--key value …]              Hugging Face or TensorFlow to electrax, electrax to Hugging Face
@@ -255,7 +255,10 @@ def predict_command(arguments: Sequence[str]) -> int:
     from electrax.inference.predict import predict_lines
 
     columns = text_columns(config.model)
-    for line in predict_lines(load(config.model), config, columns):
+    reranker = load(config.reranker) if config.reranker else None
+    if reranker is not None and not hasattr(reranker, "originality"):
+        raise UserError(f"reranker {config.reranker}: expected a pretrained model")
+    for line in predict_lines(load(config.model), config, columns, reranker):
         print(line, flush=True)
     return 0
 

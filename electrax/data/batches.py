@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -120,7 +121,7 @@ class LengthBuckets:
                 break
         self._epoch = functools.lru_cache(maxsize=2)(self._order_of)
 
-    def train_rows(self, step: int, seed: int) -> tuple[Int64[np.ndarray, " B"], int]:
+    def train_rows(self, step: int, seed: int) -> tuple[Int64[np.ndarray, " B"], Any]:
         """The rows of batch `step` and the length they are padded to; -1 fills the last batch of an epoch."""
         epoch, place = divmod(step, self.batches)
         order, places = self._epoch(seed, epoch)
@@ -131,7 +132,7 @@ class LengthBuckets:
         order = _shuffled((seed, epoch), len(self.lengths))
         return order[np.argsort(self._bucket[order], kind="stable")], _shuffled((epoch,), self.batches)
 
-    def eval_rows(self) -> Iterator[tuple[Int64[np.ndarray, " B"], int]]:
+    def eval_rows(self) -> Iterator[tuple[Int64[np.ndarray, " B"], Any]]:
         """Every row once, short ones first."""
         order = np.argsort(self._bucket, kind="stable")
         return (self._cut(order, place) for place in range(self.batches))
@@ -141,11 +142,11 @@ class LengthBuckets:
         padded = sum(length * int((rows >= 0).sum()) for rows, length in self.eval_rows())
         return 1 - int(self.lengths.sum()) / padded
 
-    def _cut(self, order: np.ndarray, place: int) -> tuple[np.ndarray, int]:
+    def _cut(self, order: np.ndarray, place: int) -> tuple[np.ndarray, Any]:
         rows = order[place * self.batch_size : (place + 1) * self.batch_size]
         return np.pad(rows, (0, self.batch_size - len(rows)), constant_values=-1), self._lengths_of(rows)
 
-    def _lengths_of(self, rows: np.ndarray) -> int:
+    def _lengths_of(self, rows: np.ndarray) -> Any:
         return int(self.buckets[self._bucket[rows].max()])
 
 

@@ -37,6 +37,7 @@ from electrax.experiment.run import (
 from electrax.experiment.start import same_shapes, shared_tokens, start_of, taken_embeddings
 from electrax.inference.classifier import Classifier
 from electrax.inference.reader import Reader
+from electrax.inference.rewriter import Rewriter
 from electrax.inference.tagger import Tagger
 from electrax.inference.template import TemplateClassifier
 from electrax.models.sizes import discriminator_shape
@@ -382,7 +383,7 @@ def trained(workdir: pathlib.Path, mesh: Mesh | None = None, step: int | None = 
     return load_params(workdir, mesh, latest=step)
 
 
-def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader":
+def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader | Rewriter":
     """A fine-tuned model with its tokenizer."""
     workdir = finished(workdir)
     config, tokenizer, head = read_config(workdir), Tokenizer.load(workdir), read_head(workdir)
@@ -398,6 +399,9 @@ def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader":
             return Tagger(params, tokenizer, task, data.max_length)
         case "answer":
             return Reader(params, tokenizer, task, data.max_length, data.doc_stride, data.max_query)
+        case "rewrite":
+            target = target_tokenizer(config, tokenizer, ())
+            return Rewriter(params, tokenizer, target, task, data.max_length)
 
 
 def text_columns(workdir: str | os.PathLike) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def target_tokenizer(config: FinetuneConfig, tokenizer: Tokenizer, examples: Seq
         return tokenizer
     if pathlib.Path(wanted).exists():
         return Tokenizer.load(wanted, config.data.lowercase)
-    if not holds_run(config.workdir):
+    if examples and not holds_run(config.workdir):
         agreed(_train, config, folder, examples)
     return Tokenizer.load(folder)
 

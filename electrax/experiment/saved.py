@@ -19,10 +19,12 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.experiment import finetune, pretrain
 from electrax.experiment.config import FinetuneConfig, PretrainConfig, finished, read_config
 from electrax.experiment.foreign import REPORT_FILE, ConvertConfig, as_workdir, convert_foreign
+from electrax.experiment.rewrite import TARGET_FOLDER
 from electrax.experiment.run import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, load_params
 from electrax.inference.classifier import Classifier
 from electrax.inference.model import PretrainedModel
 from electrax.inference.reader import Reader
+from electrax.inference.rewriter import Rewriter
 from electrax.inference.tagger import Tagger
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
@@ -31,7 +33,7 @@ from electrax.tasks.pretrain import PretrainTask
 from electrax.tasks.tag import TagTask
 
 
-def load(source: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | Reader:
+def load(source: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | Reader | Rewriter:
     """A trained model: from the work directory of a pretraining its newest whole checkpoint, of a fine-tuning the one
     its results were measured on (of several seeds the best); from a Hugging Face directory or `hub:NAME` (fetched
     where the cache lacks it), or a TensorFlow checkpoint of ELECTRA or BERT."""
@@ -84,6 +86,8 @@ def to_model(workdir: pathlib.Path) -> tuple[Model, Tokenizer]:
         workdir = finished(workdir)
         config, tokenizer, head = read_config(workdir), Tokenizer.load(workdir), finetune.read_head(workdir)
         task = finetune.make_task(config, tokenizer, head, None)
+        if config.task == "rewrite":
+            raise UserError(f"{workdir}: a model of the task rewrite has no counterpart in Transformers")
         if config.head.template:  # its head is still the discriminator's
             return Model(finetune.trained(workdir)[1], task.encoder), tokenizer
         kept = Head(head["task"], head["kind"], head["style"], tuple(head["classes"]))
@@ -112,11 +116,18 @@ def export(config: ExportConfig) -> pathlib.Path:
     out = pathlib.Path(config.out)
     match config.format:
         case "stablehlo":
-            return export_stablehlo(load(config.model), out)
+            return export_stablehlo(_exportable(config), out)
         case "onnx":
-            return export_onnx(load(config.model), out, config.int8)
+            return export_onnx(_exportable(config), out, config.int8)
         case "safetensors":
             return _export_workdir(as_workdir(config.model), out, "bfloat16" if config.bf16 else "float32")
+
+
+def _exportable(config: ExportConfig) -> PretrainedModel | Classifier | Tagger | Reader:
+    model = load(config.model)
+    if isinstance(model, Rewriter):
+        raise UserError(f"{config.model}: decoding has no form in {config.format}; expected --format safetensors")
+    return model
 
 
 def _export_workdir(workdir: pathlib.Path, out: pathlib.Path, dtype: str) -> pathlib.Path:
@@ -130,6 +141,9 @@ def _export_workdir(workdir: pathlib.Path, out: pathlib.Path, dtype: str) -> pat
     tokenizer, head = Tokenizer.load(workdir), finetune.read_head(workdir) if is_finetuned else None
     with new_directory(out) as directory:
         tokenizer.save(directory)
+        if (workdir / TARGET_FOLDER).is_dir():
+            (directory / TARGET_FOLDER).mkdir()
+            Tokenizer.load(workdir / TARGET_FOLDER).save(directory / TARGET_FOLDER)
         write_tree(directory / WEIGHTS_FILE, params, {"tokenizer": tokenizer.sha256}, dtype)
         if head:
             write_atomically(directory / HEAD_FILE, json.dumps(head, indent=1) + "\n")

@@ -97,17 +97,17 @@ def run(function: Callable[..., Any], batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def run_by_length(
-    forward: Callable[..., jax.Array], columns: Sequence[tuple[Sequence[Sequence[int]], int]], most: int
-) -> Iterator[tuple[Int64[np.ndarray, " n"], np.ndarray]]:
-    """(row numbers, what `forward` makes of those rows), every row once.
+    forward: Callable[..., Any], columns: Sequence[tuple[Sequence[Sequence[int]], int]], most: int
+) -> Iterator[tuple[Int64[np.ndarray, " n"], Any]]:
+    """(row numbers, what `forward` makes of those rows: an array or a tree of them), every row once.
 
     `columns`: for each argument of `forward` the rows and what pads them; all have the same lengths, at most `most`.
     """
 
-    def one(batch: tuple[np.ndarray, int]) -> tuple[np.ndarray, np.ndarray]:
+    def one(batch: tuple[np.ndarray, int]) -> tuple[np.ndarray, Any]:
         numbers, length = batch
         outputs = forward(*(pad(rows, numbers, min(length, most), fill) for rows, fill in columns))
-        return numbers[numbers >= 0], np.asarray(outputs)[numbers >= 0]
+        return numbers[numbers >= 0], jax.tree.map(lambda leaf: np.asarray(leaf)[numbers >= 0], outputs)
 
     return run(one, by_length([len(row) for row in columns[0][0]]))
 

@@ -60,6 +60,7 @@ class PretrainedModel:
         self._pool = {name: compiled(functools.partial(_pool, self._main, tower, name)) for name in POOLINGS}
         self._detect = jax.jit(functools.partial(_detect, discriminator))
         self._fill = jax.jit(functools.partial(_fill, generator))
+        self._likelihood = jax.jit(functools.partial(_likelihood, generator))
 
     def encode(
         self, texts: Sequence[str], pooling: str | None = None, truncate: bool = False
@@ -104,6 +105,47 @@ class PretrainedModel:
         probabilities = 1 / (1 + np.exp(-scores[1 : len(ids) + 1].astype(np.float64)))
         pieces = self.tokenizer.pieces(ids)
         return [Token(p, *span, float(q)) for p, span, q in zip(pieces, offsets, probabilities, strict=True)]
+
+    def originality(self, texts: Sequence[str], truncate: bool = False) -> Float[np.ndarray, "N"]:
+        """The mean over a text's tokens of the log-probability that the token is the original one: the higher, the
+        less the discriminator would change."""
+        self._check_detects("originality")
+        rows = self._rows("originality", texts, truncate)
+        _check_not_empty("originality", rows)
+        out = np.zeros(len(rows), np.float64)
+        forward = functools.partial(self._detect, self.params)
+        for numbers, scores in run_by_length(
+            lambda ids: forward(ids, self.tokenizer.pad_id), [(rows, self.tokenizer.pad_id)], self.max_length
+        ):
+            for number, row in zip(numbers, scores.astype(np.float64), strict=True):
+                out[number] = -np.mean(np.logaddexp(0.0, row[1 : len(rows[number]) - 1]))
+        return out
+
+    def pseudo_log_likelihood(self, texts: Sequence[str], truncate: bool = False) -> Float[np.ndarray, "N"]:
+        """The sum over a text's tokens of the generator's log-probability of the token in its place, masked out alone
+        (Salazar et al., 2020, "Masked Language Model Scoring"). A text of n tokens costs n rows."""
+        if self.generator is None:
+            raise UserError("pseudo_log_likelihood: a two-tower generator predicts no masked-out tokens")
+        rows = self._rows("pseudo_log_likelihood", texts, truncate)
+        _check_not_empty("pseudo_log_likelihood", rows)
+        masked, places = [], []  # a row and its only masked-out place, for each token
+        for number, row in enumerate(rows):
+            for place in range(1, len(row) - 1):
+                masked.append([*row[:place], self.tokenizer.mask_id, *row[place + 1 :]])
+                places.append((number, place))
+        # what stands at the place is read from a second column of the same length
+        true = [[-1] * len(row) for row in masked]
+        for row, (number, place) in zip(true, places, strict=True):
+            row[place] = rows[number][place]
+        out = np.zeros(len(rows), np.float64)
+        columns = [(masked, self.tokenizer.pad_id), (true, -1)]
+        forward = functools.partial(self._likelihood, self.params)
+        for numbers, found in run_by_length(
+            lambda ids, true: forward(ids, true, self.tokenizer.pad_id), columns, self.max_length
+        ):
+            for place, log_probability in zip(numbers, found.tolist(), strict=True):
+                out[places[place][0]] += log_probability
+        return out
 
     def fill(self, text: str, candidates: int = 5) -> list[list[Candidate]]:
         """For each mask token in the text (its name in the vocabulary, as "[MASK]"), the likeliest tokens."""
@@ -203,3 +245,20 @@ def _fill(config: EncoderConfig, params: Params, ids, pad_id):
     embedded = Embeddings(config).apply({"params": table}, ids)
     mask = padding_mask(ids != pad_id)
     return Generator(config).apply({"params": params["generator"]}, embedded, table["word"], mask)
+
+
+def _likelihood(config: EncoderConfig, params: Params, ids, true, pad_id):
+    """The log-probability of the one token of each row that `true` names; -1 elsewhere."""
+    slots = jnp.argmax(true, axis=1)[:, None]
+    table = params.get("generator_embeddings", params["embeddings"])
+    embedded = Embeddings(config).apply({"params": table}, ids)
+    mask = padding_mask(ids != pad_id)
+    logits = Generator(config).apply({"params": params["generator"]}, embedded, table["word"], mask, slots)[:, 0]
+    token = jnp.max(true, axis=1)
+    return jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _check_not_empty(what: str, rows: Sequence[Sequence[int]]) -> None:
+    empty = next((number for number, row in enumerate(rows) if len(row) < 3), None)
+    if empty is not None:
+        raise UserError(f"{what}: text {empty} is empty")

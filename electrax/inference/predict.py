@@ -14,13 +14,14 @@ from electrax.data.squad import BadQuestion, iter_squad
 from electrax.data.tables import iter_table
 from electrax.inference.classifier import Classifier
 from electrax.inference.reader import Reader
+from electrax.inference.rewriter import Reranker, Rewriter
 from electrax.inference.tagger import Tagger
 from electrax.tasks.tags import to_spans
 
 ROWS = 1024  # read and predicted together
 LINES, SQUAD = (tuple(kind + suffix for suffix in ("", *COMPRESSED)) for kind in (".txt", ".json"))
 
-Model = Classifier | Tagger | Reader
+Model = Classifier | Tagger | Reader | Rewriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,18 @@ class PredictConfig:
     model: str  # the work directory of a fine-tuning
     input: str
     text: tuple[str, ...] = ()  # columns of a table; default: as in training; question and context
+    n_best: int = 1  # outputs of each text, of a model that writes texts
+    reranker: str = ""  # the same; a pretrained model that puts the outputs in the order of their originality
 
 
-def predict_lines(model: Model, config: PredictConfig, columns: tuple[str, ...]) -> Iterator[str]:
+def predict_lines(
+    model: Model, config: PredictConfig, columns: tuple[str, ...], reranker: Reranker | None = None
+) -> Iterator[str]:
     """One JSON object a row, in order. A row that cannot be read gives {"error": …}, a question of SQuAD's with
     its "id", and the rest go on. `columns` are those of a table, if the config names none."""
-    predict = _predictor(model)
+    if not isinstance(model, Rewriter) and (config.n_best != 1 or reranker):
+        raise UserError("n_best and reranker are for a model that writes texts")
+    predict = _predictor(model, config, reranker)
     rows = _rows(model, config.input, config.text or columns)
     while some := list(itertools.islice(rows, ROWS)):
         found = iter(predict([row for row in some if not isinstance(row, BadRow)]))
@@ -83,7 +90,9 @@ def _question(row: TextExample) -> QuestionExample:
     return QuestionExample(row.where, row.id or row.where, question, context, ())
 
 
-def _predictor(model: Model) -> Callable[[Sequence[Any]], Iterable[dict[str, Any]]]:
+def _predictor(
+    model: Model, config: PredictConfig, reranker: Reranker | None
+) -> Callable[[Sequence[Any]], Iterable[dict[str, Any]]]:
     match model:
         case Classifier():
             return lambda rows: model.predict([row.texts for row in rows]) if rows else []
@@ -91,6 +100,8 @@ def _predictor(model: Model) -> Callable[[Sequence[Any]], Iterable[dict[str, Any
             return lambda rows: _tag(model, [row.texts[0].split() for row in rows]) if rows else []
         case Reader():
             return lambda rows: _answer(model, rows)
+        case Rewriter():
+            return lambda rows: _rewrite(model, [row.texts[0] for row in rows], config.n_best, reranker)
     raise UserError("predict: expected a fine-tuned model; a pretrained one can encode, detect and fill from Python")
 
 
@@ -103,6 +114,14 @@ def _tag(model: Tagger, sentences: list[list[str]]) -> Iterator[dict[str, Any]]:
             spans = to_spans([word.tag for word in words])
             result["entities"] = [span._asdict() for span in spans]
         yield result
+
+
+def _rewrite(model: Rewriter, texts: list[str], n_best: int, reranker: Reranker | None) -> Iterator[dict[str, Any]]:
+    beams = max(model.task.beams, n_best)
+    # a re-ranker chooses among all beams
+    for found in model.candidates(texts, beams if reranker else n_best, beams, reranker):
+        best = {"output": found[0].text, "score": found[0].score}
+        yield best | ({"candidates": [each._asdict() for each in found[:n_best]]} if n_best > 1 else {})
 
 
 def _answer(model: Reader, rows: Sequence[QuestionExample]) -> Iterator[dict[str, Any]]:

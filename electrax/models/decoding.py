@@ -102,13 +102,13 @@ def decode(
         seen = jnp.zeros(logits.shape, bool)
     carry = (jnp.int32(0), cache, first, ids, jnp.zeros(rows, bool), jnp.zeros(rows), seen if penalised else none)
     _, _, _, ids, _, scores, _ = jax.lax.while_loop(unfinished, body, carry)
-    return Decoded(ids, _lengths(ids, end_id, fill_id), scores)
+    return Decoded(ids, _lengths(ids, end_id), scores)
 
 
-def _lengths(ids: Int[Array, "*B T"], end_id: int, fill_id: int) -> Int[Array, "*B"]:
-    """Tokens up to the first end token, that too, or all."""
-    ended = jnp.cumsum(ids == end_id, axis=-1) - (ids == end_id) > 0
-    return jnp.sum(~ended & ((ids != fill_id) | (end_id == fill_id)), axis=-1).astype(jnp.int32)
+def _lengths(ids: Int[Array, "*B T"], end_id: int) -> Int[Array, "*B"]:
+    """Tokens up to the first end token, that too, or all: a row without one is as long as there is room."""
+    is_end = ids == end_id
+    return jnp.where(jnp.any(is_end, axis=-1), jnp.argmax(is_end, axis=-1) + 1, ids.shape[-1]).astype(jnp.int32)
 
 
 def beam_search(
@@ -170,4 +170,4 @@ def beam_search(
     carry = (jnp.int32(0), cache, token, ids, live, ids, jnp.full((rows, beams), LOWEST))
     *_, kept, best = jax.lax.while_loop(unfinished, body, carry)
     kept, best = kept[:, :n_best], best[:, :n_best]
-    return Decoded(kept, _lengths(kept, end_id, fill_id), best)
+    return Decoded(kept, _lengths(kept, end_id), best)

@@ -110,11 +110,11 @@ class RewriteTask(FinetuneTask):
         share = weight if self.faithful else weight / jnp.maximum(jnp.sum(weight), 1.0)
         return super().prepare(batch, keys) | {"share": share}
 
-    def _weight(self, batch: Batch) -> Float[Array, "B T-1"]:
+    def _weight(self, batch: Batch) -> Float[Array, "B U"]:
         """1 for what is to be predicted: every target token but the first."""
         return (batch["target"][:, 1:] != self.target_pad_id) * batch["weight"][:, None]
 
-    def logits(self, params: Params, prepared: Batch, train: bool = False) -> Float[Array, "B T-1 V"]:
+    def logits(self, params: Params, prepared: Batch, train: bool = False) -> Float[Array, "B U V"]:
         """Of each target token but the first, from the source and the target tokens before it."""
         ids, target = prepared["ids"].astype(jnp.int32), prepared["target"].astype(jnp.int32)[:, :-1]
         body, top = prepared["dropout_seed"].T if train else (None, None)

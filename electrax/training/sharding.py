@@ -37,7 +37,7 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"discriminator/head/output/kernel", P("fsdp", None)),
     (r".*/((cross_)?attention/output|embeddings_project|down|head/dense|head/output)/bias", P()),
     (r"head/(\w+/)*kernel", P("fsdp", None)),
-    (r"head/(\w+/)*bias", P()),
+    (r"head/(?!.*norm/)(\w+/)*bias", P()),
     (r".*norm/(scale|bias)", P()),
 )
 
