@@ -10,6 +10,7 @@ from electrax.models.sizes import SIZES, GeneratorConfig, ModelConfig, discrimin
 from electrax.tasks.answer import AnswerTask
 from electrax.tasks.classify import ClassifyTask
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
+from electrax.tasks.rewrite import RewriteTask
 from electrax.training.optim import OptimizerConfig, make_optimizer
 from electrax.training.sharding import (
     TABLE,
@@ -73,6 +74,7 @@ def test_every_row_of_the_table_is_some_parameter():
     encoder = make_task().discriminator
     paths |= set(shapes_by_path(ClassifyTask(encoder, 0, 102, classes=("0", "1"), style="dense")))
     paths |= set(shapes_by_path(AnswerTask(encoder, 0, 102)))
+    paths |= set(shapes_by_path(RewriteTask(encoder, 0, 102, decoder=encoder, own_vocabulary=True)))
     assert [pattern for pattern, _ in TABLE if not any(re.fullmatch(pattern, path) for path in paths)] == []
 
 
