@@ -82,6 +82,11 @@ class PretrainConfig:
             if not 0 <= getattr(self.objective, key) <= 1:
                 raise UserError(f"objective.{key} must lie between 0 and 1, not {getattr(self.objective, key)}")
 
+    @property
+    def is_causal_alone(self) -> bool:
+        """Whether all there is is one left-to-right LM."""
+        return self.objective.kind == "mlm" and self.generator.kind == "causal"
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOptimizerConfig(OptimizerConfig):

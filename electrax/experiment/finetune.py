@@ -17,7 +17,7 @@ from electrax.data.glue import GLUE
 from electrax.data.outside import read_object
 from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, finished, read_config
+from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, PretrainConfig, finished, read_config
 from electrax.experiment.examples import read_examples, targets_of, texts_of
 from electrax.experiment.foreign import as_workdir
 from electrax.experiment.plan import Plan, plan_mesh, plan_run
@@ -72,8 +72,13 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
     """The config with the shape of the weights it starts from, and the paper's rates for that size."""
     model = config.model
     if config.init_from:
-        pretrained = read_config(start_of(config.init_from)).model
-        model = dataclasses.replace(model, **{key: getattr(pretrained, key) for key in SHAPE})
+        pretrained = read_config(start_of(config.init_from))
+        if isinstance(pretrained, PretrainConfig) and pretrained.is_causal_alone:
+            raise UserError(
+                f"init_from {config.init_from}: a causal LM alone, which does not read what stands behind a token; "
+                "expected a model with a discriminator, or a masked LM"
+            )
+        model = dataclasses.replace(model, **{key: getattr(pretrained.model, key) for key in SHAPE})
         model = dataclasses.replace(model, max_length=max(model.max_length, config.data.max_length))
     elif config.data.max_length > model.max_length:
         raise UserError(f"data.max_length {config.data.max_length} is more than the model's {model.max_length}")

@@ -30,6 +30,7 @@ from electrax.training.tracking import Record
 # entered around a preparation, gives what `prepare` reports its progress to
 Watcher = contextlib.AbstractContextManager[Callable[[Progress], None]]
 QUIET: Watcher = contextlib.nullcontext(lambda _: None)
+ALONE = ("masked", "causal")  # kinds of generators that are language models without a discriminator, too
 
 
 def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConfig, Corpus]:
@@ -100,26 +101,29 @@ def make_task(
         )
     objective, kind = config.objective, config.generator.kind
     if objective.kind == "electric" and kind != "two_tower":
+        why = "as it sees no text behind" if kind == "causal" else "as it sees that token"
         raise UserError(
             f'objective.kind "electric" predicts every token from the text around it, which generator.kind "{kind}" '
-            'cannot, as it sees that token; set generator.kind "two_tower"'
+            f'cannot, {why}; set generator.kind "two_tower"'
         )
     if objective.kind == "electric" and not 0 < objective.mask_prob < 1:
         raise UserError(
             f'objective.mask_prob must lie above 0 and below 1 for objective.kind "electric", not {objective.mask_prob}'
         )
-    if objective.kind == "mlm" and kind != "masked":
-        raise UserError(f'objective.kind "mlm" trains one masked LM and has no generator.kind "{kind}"')
+    if objective.kind == "mlm" and kind not in ALONE:
+        raise UserError(
+            f'objective.kind "mlm" trains one LM alone, of generator.kind {" or ".join(ALONE)}, not "{kind}"'
+        )
     discriminator = discriminator_shape(config.model, vocab_size)
-    masked_lm_alone = objective.kind == "mlm"
-    generator = discriminator if masked_lm_alone else generator_shape(config.model, config.generator, discriminator)
+    is_alone = objective.kind == "mlm"
+    generator = discriminator if is_alone else generator_shape(config.model, config.generator, discriminator)
     return PretrainTask(
         objective=config.objective,
         discriminator=discriminator,
         generator=generator,
         special=SpecialIds(**{role: special_ids[role] for role in ("pad", "cls", "sep", "mask")}),
         layout=config.data.layout,
-        shared_embeddings=masked_lm_alone or config.generator.embeddings == "shared",
+        shared_embeddings=is_alone or config.generator.embeddings == "shared",
         generator_kind=kind,
         faithful=config.faithful,
         corpus=corpus,

@@ -50,6 +50,7 @@ def load(source: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | R
         config.data.max_length,  # later positions were never trained
         # Electric's logits lack the generator's part
         detects=task.detects and not task.electric and "head" in params["discriminator"],
+        generator_kind=task.generator_kind,
     )
 
 
@@ -92,8 +93,10 @@ def to_model(workdir: pathlib.Path) -> tuple[Model, Tokenizer]:
             return Model(finetune.trained(workdir)[1], task.encoder), tokenizer
         kept = Head(head["task"], head["kind"], head["style"], tuple(head["classes"]))
         return Model(_with_all_in_weights(finetune.trained(workdir)[1], task), task.encoder, head=kept), tokenizer
-    if config.objective.kind == "electric" or config.generator.kind == "two_tower":
-        raise UserError(f"{workdir}: Electric and two-tower generators have no counterpart in Transformers")
+    kind = config.generator.kind
+    if config.objective.kind == "electric" or kind not in ("masked", "shared"):
+        what = "Electric" if config.objective.kind == "electric" else f"a {kind.replace('_', '-')} generator"
+        raise UserError(f"{workdir}: {what} has no counterpart in Transformers' ELECTRA")
     task, tokenizer, params = _pretrained(workdir, config)
     encoder = task.discriminator if task.detects else None
     return Model(params, encoder, task.generator if "generator" in params else None), tokenizer

@@ -15,8 +15,8 @@ from electrax.inference.batching import compiled, pad, padded_length, run_by_len
 from electrax.inference.template import TemplateClassifier
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
-from electrax.models.generator import Generator
-from electrax.models.masks import padding_mask
+from electrax.models.generator import Generator, GeneratorKind
+from electrax.models.masks import one_way_mask, padding_mask
 from electrax.tasks.base import Params
 from electrax.tasks.template import TemplateTask
 
@@ -40,8 +40,9 @@ class Candidate(NamedTuple):
 
 
 class PretrainedModel:
-    """The towers of a pretraining run with their tokenizer. `discriminator` is None after plain masked LM, `generator`
-    where it has two towers; `detects` is false where the discriminator's logits alone say nothing (Electric)."""
+    """The towers of a pretraining run with their tokenizer. `discriminator` is None of a language model alone,
+    `generator` where it has two towers; `detects` is false where the discriminator's logits alone say nothing
+    (Electric)."""
 
     def __init__(
         self,
@@ -51,16 +52,24 @@ class PretrainedModel:
         discriminator: EncoderConfig | None,
         max_length: int,
         detects: bool = True,
+        generator_kind: GeneratorKind = "masked",
     ):
         self.params, self.tokenizer, self.max_length = params, tokenizer, max_length
         self.generator, self.discriminator, self._detects = generator, discriminator, detects
+        self.generator_kind = generator_kind
         self._main = discriminator or generator  # the tower that reads texts
         tower = "generator" if discriminator is None else "discriminator"
-        self._encode = compiled(functools.partial(_encode, self._main, tower))
-        self._pool = {name: compiled(functools.partial(_pool, self._main, tower, name)) for name in POOLINGS}
+        encode = functools.partial(_encode, self._main, tower, self.reads_one_way)
+        self._encode = compiled(encode)
+        self._pool = {name: compiled(functools.partial(_pool, encode, name)) for name in POOLINGS}
         self._detect = jax.jit(functools.partial(_detect, discriminator))
         self._fill = jax.jit(functools.partial(_fill, generator))
         self._likelihood = jax.jit(functools.partial(_likelihood, generator))
+
+    @property
+    def reads_one_way(self) -> bool:
+        """Whether the main tower is a causal LM, whose state at a token says nothing of what stands behind."""
+        return self.discriminator is None and self.generator_kind == "causal"
 
     def encode(
         self, texts: Sequence[str], pooling: str | None = None, truncate: bool = False
@@ -149,8 +158,11 @@ class PretrainedModel:
 
     def fill(self, text: str, candidates: int = 5) -> list[list[Candidate]]:
         """For each mask token in the text (its name in the vocabulary, as "[MASK]"), the likeliest tokens."""
+        if self.generator_kind in ("two_tower", "causal"):
+            name = self.generator_kind.replace("_", "-")
+            raise UserError(f"fill: a {name} generator predicts no masked-out tokens")
         if self.generator is None:
-            raise UserError("fill: a two-tower generator predicts no masked-out tokens")
+            raise UserError("fill: this model has no generator")
         ids, _ = self.tokenizer.encode(text, allow_special=True)
         row = self._row(ids)
         slots = np.flatnonzero(np.asarray(row) == self.tokenizer.mask_id)
@@ -222,14 +234,15 @@ class PretrainedModel:
         return pad([row], np.zeros(1, np.int64), length, self.tokenizer.pad_id)
 
 
-def _encode(config: EncoderConfig, tower: str, params: Params, ids, pad_id):
-    embedded = Embeddings(config).apply({"params": params["embeddings"]}, ids)
-    hidden = Encoder(config).apply({"params": params[tower]["encoder"]}, embedded, padding_mask(ids != pad_id))
+def _encode(config: EncoderConfig, tower: str, one_way: bool, params: Params, ids, pad_id):
+    embedded, mask = Embeddings(config).apply({"params": params["embeddings"]}, ids), padding_mask(ids != pad_id)
+    mask = one_way_mask(mask) if one_way else mask
+    hidden = Encoder(config).apply({"params": params[tower]["encoder"]}, embedded, mask)
     return jnp.where((ids != pad_id)[..., None], hidden.astype(jnp.float32), 0.0)
 
 
-def _pool(config: EncoderConfig, tower: str, pooling: str, params: Params, ids, pad_id):
-    hidden = _encode(config, tower, params, ids, pad_id)
+def _pool(encode: Callable, pooling: str, params: Params, ids, pad_id):
+    hidden = encode(params, ids, pad_id)
     if pooling == "cls":
         return hidden[:, 0]
     return jnp.sum(hidden, axis=1) / jnp.maximum(jnp.sum(ids != pad_id, axis=1), 1)[:, None]

@@ -1,14 +1,20 @@
-"""The generator: a small encoder with a masked-language-model head."""
+"""The generator: a small encoder with a language-model head."""
+
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from electrax.models.attention import Mask
+from electrax.models.attention import KeyValues, Mask
 from electrax.models.dropout import Seed, fold
 from electrax.models.encoder import Encoder, EncoderConfig, gelu
 from electrax.models.linear import Linear
 from electrax.models.masks import one_way_mask, sees_neighbour
+
+# masked: a masked LM. causal: a left-to-right LM. two_tower: one reads forwards, one backwards, none sees the token it
+# predicts (Electric's). shared: the discriminator's own encoder with a head (the reference's untied_generator=False)
+GeneratorKind = Literal["masked", "causal", "two_tower", "shared"]
 
 
 class MaskedLMHead(nn.Module):
@@ -39,17 +45,23 @@ class MaskedLMHead(nn.Module):
 
 
 class Generator(nn.Module):
-    """Embedded text -> what the masked-out tokens may have been.
+    """Embedded text -> what the tokens at some of its places may be. The kinds differ in what they predict it from:
 
-    `two_tower` (Electric's): one encoder reads forwards and another backwards, and a place is predicted from their
-    states at its two neighbours. So the logits there do not depend on its token, and nothing needs to be masked out.
+    - `masked` and `shared`: the state at the place, whose token is masked out, of an encoder that reads both ways.
+    - `causal`: the state at the place before, of one that reads forwards.
+    - `two_tower` (Electric's): the states at both neighbours, of one that reads forwards and one that reads backwards.
+
+    So with the latter two the logits at a place do not depend on its token, and nothing needs to be masked out.
     """
 
     config: EncoderConfig
-    two_tower: bool = False
-    wrap: bool = False  # the first place's neighbour is the last, as in the reference, even if that saw the token
+    kind: GeneratorKind = "masked"
+    wrap: bool = False  # two_tower: the first place's neighbour is the last, as in the reference, even if that saw it
 
     def setup(self):
+        self.encoder = Encoder(self.config)
+        if self.kind == "two_tower":
+            self.backward_encoder = Encoder(self.config)
         self.head = MaskedLMHead(self.config)
 
     def __call__(
@@ -61,10 +73,10 @@ class Generator(nn.Module):
         positions: Int[Array, "B L"] | None = None,
         seed: Seed | None = None,
     ) -> Float[Array, "B N V"]:
-        """Logits at the places `slots` of each row (N = M), or at all of them (N = L) where none are named."""
+        """Logits at the places `slots` of each row (N = M), or at all of them (N = L) where none are named. `mask` says
+        which tokens are of one text; what reads one way sees those of them alone."""
         return self.head.logits(self.states(embedded, mask, slots, positions, seed), word)
 
-    @nn.compact
     def states(
         self,
         embedded: Float[Array, "B L E"],
@@ -74,16 +86,16 @@ class Generator(nn.Module):
         seed: Seed | None = None,
     ) -> Float[Array, "B N E"]:
         """What `MaskedLMHead.logits` takes: all of the generator but its largest part, the vocabulary."""
-
-        def read(name: str, mask: Mask, seed: Seed | None) -> Float[Array, "B L D"]:
-            return Encoder(self.config, name=name)(embedded, mask, positions, seed)
-
-        if self.two_tower:
-            forwards = read("encoder", one_way_mask(mask), seed)
-            backwards = read("backward_encoder", one_way_mask(mask, True), fold(seed, self.config.layers + 1))
-            hidden = jnp.concatenate([self._moved(forwards, mask, 1), self._moved(backwards, mask, -1)], axis=-1)
-        else:
-            hidden = read("encoder", mask, seed)
+        match self.kind:
+            case "two_tower":
+                forwards = self.encoder(embedded, one_way_mask(mask), positions, seed)
+                other = fold(seed, self.config.layers + 1)
+                backwards = self.backward_encoder(embedded, one_way_mask(mask, True), positions, other)
+                hidden = jnp.concatenate([self._moved(forwards, mask, 1), self._moved(backwards, mask, -1)], axis=-1)
+            case "causal":
+                hidden = self._moved(self.encoder(embedded, one_way_mask(mask), positions, seed), mask, 1)
+            case _:
+                hidden = self.encoder(embedded, mask, positions, seed)
         if slots is not None:
             hidden = jnp.take_along_axis(hidden, slots[..., None], axis=1)
         return self.head.transform(hidden)
@@ -92,3 +104,18 @@ class Generator(nn.Module):
         """The state `step` places before; zeros where the row or the document ends there."""
         moved = jnp.roll(hidden, step, axis=1)
         return moved if self.wrap else jnp.where(sees_neighbour(mask, step)[..., None], moved, 0)
+
+    def next_logits(
+        self,
+        embedded: Float[Array, "B T E"],
+        word: Float[Array, "V E"],
+        mask: Bool[Array, "B 1 T L"],
+        positions: Int[Array, "B T"],
+        cache: list[KeyValues],
+        start: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T V"], list[KeyValues]]:
+        """For decoding with a causal generator: of the T tokens at the places from `start` on, the logits of the token
+        after each, and the `cache` of L places a layer with theirs written into it. `mask` says which places each
+        reads: at most its own and those before."""
+        hidden, cache = self.encoder(embedded, mask, positions, cache=cache, start=start)
+        return self.head(hidden, word), cache

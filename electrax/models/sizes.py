@@ -6,11 +6,8 @@ from typing import Literal
 from electrax.config import UserError
 from electrax.models.attention import Implementation
 from electrax.models.encoder import EncoderConfig
+from electrax.models.generator import GeneratorKind
 from electrax.models.lookup import LookupGradient
-
-# masked: a masked LM. two_tower: one reads forwards, one backwards, none sees the token it predicts (Electric's).
-# shared: the discriminator's own encoder with a masked-LM head (the reference's untied_generator=False)
-GeneratorKind = Literal["masked", "two_tower", "shared"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ def show_preflight(run: Run) -> None:
     show_line("data", _describe_data(run))
     show_steps(run, f"{run.config.batch_size} rows x {run.config.data.max_length} = {run.tokens_per_step:,.0f}")
     task = run.task
-    if not task.discriminator.modern and not task.electric and not task.two_tower:
+    if not task.discriminator.modern and not task.electric and task.generator_kind in ("masked", "shared"):
         discriminator = task.discriminator if task.detects else None
         count = paper_step(task.generator, discriminator, run.config.batch_size, run.config.data.max_length)
         show_line("as the paper", f"counts FLOPs: {count:.3g} a step, {count * run.steps:.3g} the run")
@@ -143,7 +143,7 @@ MEANINGS = {
     "mlm_loss": "generator: cross entropy at the predicted positions",
     "unigram_loss": "  the same by token frequency alone",
     "mlm_accuracy": "generator: right at the predicted positions, the visible ones too",
-    "masked_accuracy": "generator: right where the token was masked out",
+    "masked_accuracy": "generator: right where it did not see the chosen token",
     "unigram_accuracy": "  the same by always guessing the most frequent token",
     "sampled_accuracy": "generator: samples that are the original token",
     "replaced_share": "tokens that differ after sampling",

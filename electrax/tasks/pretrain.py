@@ -1,5 +1,5 @@
 """Replaced-token detection joined with the generator's masked language model (ELECTRA), noise-contrastive estimation
-of what a token's probability in its place is (Electric), or masked LM alone (BERT)."""
+of what a token's probability in its place is (Electric), or a language model alone (BERT, GPT)."""
 
 import dataclasses
 import math
@@ -28,16 +28,18 @@ MOST_LOGITS = 2**28  # of a device, held at once: 1 GiB
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is hidden and what is learned. `rtd`: generator and discriminator; `mlm`: one full-size masked LM.
+    """What is hidden and what is learned. `rtd`: generator and discriminator; `mlm`: one full-size LM alone, masked or
+    as generator.kind says.
 
     `electric` (Clark et al. 2020, "Pre-training Transformers as energy-based cloze models"): the discriminator tells
     samples from text, a sample that equals the original too, given how likely the generator finds the token.
     """
 
     kind: Literal["rtd", "mlm", "electric"] = "rtd"
-    mask_prob: float = 0.15  # share of a row's tokens that are predicted
+    mask_prob: float = 0.15  # share of a row's tokens that are chosen: predicted, and replaced by samples
     keep_prob: float = 0.15  # of those, the share that stays visible to the generator
     random_prob: float = 0.0  # of those, the share shown as a random token (BERT: 0.1, with keep_prob 0.1)
+    causal_loss: Literal["all", "chosen"] = "all"  # tokens a left-to-right LM learns from: all but [CLS], or the chosen
     temperature: float = 1.0  # of the generator's samples; 0 is the arg max
     disallow_correct: bool = False
     generator_weight: float = 1.0
@@ -89,9 +91,14 @@ class PretrainTask:
     def two_tower(self) -> bool:
         return self.generator_kind == "two_tower"
 
+    @property
+    def predicts_all(self) -> bool:
+        """Whether there are logits at every place of a row, or at the slots alone."""
+        return self.electric or (self.generator_kind == "causal" and self.objective.causal_loss == "all")
+
     def flops(self, rows: int, length: int) -> float:
-        """Of a training step in matrix products. Electric predicts every position."""
-        slots = length if self.electric else corruption.slot_count(length, self.objective.mask_prob)
+        """Of a training step in matrix products."""
+        slots = length if self.predicts_all else corruption.slot_count(length, self.objective.mask_prob)
         discriminator = self.discriminator if self.detects else None
         return pretraining_step(self.generator, discriminator, rows, length, slots, towers=2 if self.two_tower else 1)
 
@@ -118,7 +125,7 @@ class PretrainTask:
         return params
 
     def _generator(self) -> Generator:
-        return Generator(self.generator, two_tower=self.two_tower, wrap=self.faithful)
+        return Generator(self.generator, self.generator_kind, wrap=self.faithful and self.two_tower)
 
     def generator_params(self, params: Params) -> Params:
         """All that the generator computes with but the embeddings."""
@@ -130,20 +137,24 @@ class PretrainTask:
     def prepare(self, batch: Batch, keys: Key[Array, "B"]) -> Batch:
         """Masks the rows and weighs them: every leaf keeps the row axis, and weights sum to one over the whole batch.
 
-        The generator's mean is over the used slots (`slot_weight`), or with Electric over all tokens that could have
-        been chosen (`cloze_weight`), the discriminator's over all real tokens with [CLS] and [SEP] (`token_weight`).
+        The generator's mean is over the used slots (`slot_weight`), or where it predicts every place over all tokens
+        that count there (`place_weight`), the discriminator's over all real ones with [CLS] and [SEP] (`token_weight`).
         """
         ids = batch["ids"].astype(jnp.int32)
         prepared = jax.vmap(self._mask_row)(ids, keys)
         counted = {"slot_weight": prepared["used"], "token_weight": ids != self.special.pad}
-        if self.electric:
-            counted["cloze_weight"] = self._candidates(ids)
+        if self.predicts_all:
+            counted["place_weight"] = self._candidates(ids) if self.electric else self._continuations(ids)
         return prepared | {name: each / (jnp.sum(each) + EPSILON) for name, each in counted.items()}
 
     def _candidates(self, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Tokens that may be chosen; [UNK] is one, as in the reference."""
         s = self.special
         return (ids != s.pad) & (ids != s.cls) & (ids != s.sep) & (ids != s.mask)
+
+    def _continuations(self, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Tokens that stand after others of their text: all but the [CLS] that each text begins with."""
+        return (ids != self.special.pad) & (ids != self.special.cls)
 
     def _mask_row(self, ids: Int[Array, "L"], key: Key[Array, ""]) -> dict[str, jax.Array]:
         o, special = self.objective, self.special
@@ -164,7 +175,7 @@ class PretrainTask:
             shown = jnp.where(fate < o.keep_prob + o.random_prob, token, shown)
         masked = corruption.write_at(ids, slots, shown, hidden)
         hidden &= shown == special.mask
-        if self.two_tower:  # it sees no token that it predicts, so that none has to be masked out
+        if self.generator_kind in ("two_tower", "causal"):  # sees no token that it predicts: none has to be masked out
             masked, hidden = ids, used
         return {
             "ids": ids,
@@ -187,7 +198,7 @@ class PretrainTask:
         return padding_mask(ids != s.pad), segment_ids(ids, s.sep, s.pad), None
 
     def _generate(self, params: Params, prepared: Batch, context, train: bool) -> Float[Array, "B N E"]:
-        """The generator's states at the slots, or with Electric everywhere; the vocabulary comes in `_predict`."""
+        """The generator's states at the slots, or at every place; the vocabulary comes in `_predict`."""
         mask, types, positions = context
         embeddings = Embeddings(self.discriminator if self.shared_embeddings else self.generator)
         table = params[self._embeddings_of_generator]
@@ -196,7 +207,7 @@ class PretrainTask:
             {"params": self.generator_params(params)},
             embedded,
             mask,
-            None if self.electric else prepared["slots"],
+            None if self.predicts_all else prepared["slots"],
             positions,
             prepared["dropout_seed"][:, 0] if train else None,
             method="states",
@@ -215,7 +226,7 @@ class PretrainTask:
             logits = MaskedLMHead(self.generator).apply({"params": head}, rows["state"], word, method="logits")
             original = jnp.take_along_axis(rows["ids"], rows["slots"], axis=1)
             at_slots, target = logits, original
-            if self.electric:
+            if self.predicts_all:
                 at_slots, target = jnp.take_along_axis(logits, rows["slots"][..., None], axis=1), rows["ids"]
             found = {
                 "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, target),
@@ -278,7 +289,7 @@ class PretrainTask:
         rows["state"] = self._generate(params, prepared, context, train)
         found = _by_rows(lambda some: self._predict(params, some), rows, self.rows_at_once(*rows["state"].shape[:2]))
         original = jnp.take_along_axis(ids, prepared["slots"], axis=1)
-        weight = prepared["cloze_weight" if self.electric else "slot_weight"]
+        weight = prepared["place_weight" if self.predicts_all else "slot_weight"]
         loss = o.generator_weight * jnp.sum(found["cross_entropy"] * weight)
         metrics = {
             "mlm_loss": Mean.of(found["cross_entropy"], weight > 0),

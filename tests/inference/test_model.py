@@ -340,3 +340,14 @@ def test_a_masked_language_model_encodes_and_fills_but_cannot_detect(tokenizer):
         UserError, match="classify: this model was trained with masked LM alone and has no discriminator"
     ):
         model.classify(["the cat"], ["red", "blue"])
+
+
+def test_a_causal_language_model_encodes_a_token_from_those_before_it_and_fills_nothing(tokenizer):
+    made = make_model(tokenizer, "mlm")
+    model = PretrainedModel(made.params, tokenizer, made.generator, None, LENGTH, generator_kind="causal")
+    first, other = model.encode(["the cat sat on the mat", "the cat ran"])
+    np.testing.assert_allclose(first[:3], other[:3], atol=1e-5)
+    assert np.abs(first[3] - other[3]).max() > 0.1
+    assert np.abs(made.encode(["the cat ran"])[0, :3] - other[:3]).max() > 0.1
+    with pytest.raises(UserError, match="^fill: a causal generator predicts no masked-out tokens$"):
+        model.fill("the [MASK] sat")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from electrax.models.attention import KeyValues
 from electrax.models.encoder import Encoder, EncoderConfig
 from electrax.models.generator import Generator, MaskedLMHead
 from electrax.models.masks import document_mask, padding_mask
@@ -102,7 +103,7 @@ DOCUMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0]])  # two documents and a place of
 @functools.cache
 def two_tower(body="electra", wrap=False):
     """The module, its parameters and its jitted `apply`."""
-    generator = Generator(dataclasses.replace(DEEP, body=body), two_tower=True, wrap=wrap)
+    generator = Generator(dataclasses.replace(DEEP, body=body), kind="two_tower", wrap=wrap)
     mask = jnp.ones((1, 1, 1, 8), bool)
     shapes = jax.eval_shape(generator.init, jax.random.key(0), jnp.zeros((1, 8, 12)), WORD, mask)
     return generator, random_params(shapes), jax.jit(generator.apply)
@@ -165,7 +166,7 @@ def test_only_at_the_ends_of_a_row_the_references_wrap_around_shows_a_place_its_
 
 def test_the_towers_drop_different_units():
     """With one token, one set of weights and a head that sees the difference of both states, only dropout is left."""
-    generator = Generator(dataclasses.replace(TINY, dropout=0.5), two_tower=True, wrap=True)
+    generator = Generator(dataclasses.replace(TINY, dropout=0.5), kind="two_tower", wrap=True)
     embedded, mask = jnp.ones((1, 1, 12)), jnp.ones((1, 1, 1, 1), bool)
     params = random_params(jax.eval_shape(generator.init, jax.random.key(0), embedded, WORD, mask))["params"]
     half = params["head"]["dense"]["kernel"][:8]
@@ -175,3 +176,62 @@ def test_the_towers_drop_different_units():
     plain = apply({"params": params}, embedded, WORD, mask)
     dropped = apply({"params": params}, embedded, WORD, mask, seed=jnp.array([7], jnp.uint32))
     assert np.abs(plain - dropped)[..., :50].max() > 1e-2
+
+
+# -- a causal one -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def causal(body="electra", **numbers):
+    """The module, its parameters and its jitted `apply`."""
+    generator = Generator(dataclasses.replace(DEEP, body=body, **numbers), "causal")
+    mask = jnp.ones((1, 1, 1, 8), bool)
+    shapes = jax.eval_shape(generator.init, jax.random.key(0), jnp.zeros((1, 8, 12)), WORD, mask)
+    return generator, random_params(shapes), jax.jit(generator.apply)
+
+
+@pytest.mark.parametrize("body", ["electra", "modern"])
+def test_a_causal_generator_predicts_a_place_from_those_before_it_in_its_document(body):
+    _, params, apply = causal(body)
+    found = changes(apply, params, document_mask(jnp.asarray(DOCUMENTS)))
+    seen = (DOCUMENTS.T == DOCUMENTS) & ~np.tri(8, dtype=bool)
+    assert (found[seen] > 1e-3).all() and (found[~seen] < 1e-5).all()
+
+
+def test_a_causal_generators_place_has_the_state_of_the_one_before_it():
+    _, params, apply = causal()
+    embedded = jnp.asarray(RANDOM.randn(1, 8, 12), jnp.float32)
+    mask = jnp.asarray(((DOCUMENTS[0][:, None] == DOCUMENTS[0]) & np.tri(8, dtype=bool))[None, None])
+    states = jax.jit(Encoder(DEEP).apply)({"params": params["params"]["encoder"]}, embedded, mask)
+    before = np.roll(states, 1, axis=1)
+    before[:, [0, 3, 7]] = 0  # where nothing stands before
+    expected = jax.jit(MaskedLMHead(DEEP).apply)({"params": params["params"]["head"]}, jnp.asarray(before), WORD)
+    found = apply(params, embedded, WORD, document_mask(jnp.asarray(DOCUMENTS)))
+    np.testing.assert_allclose(found[..., :50], expected[..., :50], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("body", "numbers", "steps"),
+    [
+        ("electra", (), (1,) * 8),
+        ("modern", (("qk_norm", True),), (1,) * 8),
+        ("modern", (("scan_layers", True),), (5, 2, 1)),
+    ],
+)
+def test_token_by_token_the_next_ones_logits_are_those_of_the_whole_row_at_once(body, numbers, steps):
+    generator, params, apply = causal(body, **dict(numbers))
+    c = generator.config
+    embedded = jnp.asarray(RANDOM.randn(2, 8, 12), jnp.float32)
+    whole = np.asarray(apply(params, embedded, WORD, jnp.ones((2, 1, 1, 8), bool)))
+    step = jax.jit(functools.partial(generator.apply, method="next_logits"))
+    empty = jnp.zeros((2, 8, c.heads, c.width // c.heads))
+    cache, start = [KeyValues(empty, empty)] * c.layers, 0
+    for count in steps:
+        places = np.arange(start, start + count)
+        mask = jnp.broadcast_to(np.arange(8) <= places[:, None], (2, 1, count, 8))
+        positions = jnp.broadcast_to(places, (2, count))
+        logits, cache = step(params, embedded[:, places], WORD, mask, positions, cache, jnp.asarray(start))
+        assert logits.dtype == jnp.float32 and logits.shape == (2, count, 128)
+        behind = places[places < 7] + 1  # the logits of place p + 1 are those after the token p
+        np.testing.assert_allclose(logits[:, : len(behind), :50], whole[:, behind, :50], rtol=1e-4, atol=1e-4)
+        start += count

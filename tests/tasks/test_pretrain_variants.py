@@ -107,14 +107,14 @@ def electric():
     prepared = jax.device_get(prepare(task, IDS, KEYS))
     metrics, arrays = jax.device_get(evaluate(task, params_of(task), prepared))
     params = params_of(task)
-    cloze = towers_alone(Generator(SMALL, True), TOWER, params["generator"], params["embeddings"], IDS, IDS)
+    cloze = towers_alone(Generator(SMALL, "two_tower"), TOWER, params["generator"], params["embeddings"], IDS, IDS)
     return prepared, means(metrics), arrays, log_softmax(cloze)
 
 
 def test_electrics_generator_is_judged_at_every_token_that_may_be_chosen(electric):
     prepared, found, _, log_p = electric
     assert (REAL.sum(), CANDIDATES.sum(), prepared["used"].sum()) == (41, 26, 3 + 3 + 3 + 2)
-    np.testing.assert_allclose(prepared["cloze_weight"], CANDIDATES / (26 + 1e-6), rtol=1e-6)
+    np.testing.assert_allclose(prepared["place_weight"], CANDIDATES / (26 + 1e-6), rtol=1e-6)
     assert found["mlm_loss"] == pytest.approx(-at(log_p, IDS)[CANDIDATES].mean(), rel=1e-4)
     right = log_p.argmax(-1) == IDS
     assert found["mlm_accuracy"] == pytest.approx(right[CANDIDATES].mean())
@@ -173,7 +173,7 @@ def without(prepared, *weights):
 
 def test_no_gradient_of_electrics_discriminator_passes_through_the_generators_probabilities():
     task = make_task()
-    _, grads = loss_and_grads(task, params_of(task), without(prepare(task, IDS, KEYS), "cloze_weight"))
+    _, grads = loss_and_grads(task, params_of(task), without(prepare(task, IDS, KEYS), "place_weight"))
     assert not any(largest(grads["generator"]))
     assert all(largest([grads["discriminator"], grads["embeddings"]]))
 
@@ -205,7 +205,7 @@ def test_electrics_loss_adds_up_over_the_rows():
         loss_and_grads(
             task,
             params_of(task),
-            prepared | {name: jnp.where(rows[:, None], prepared[name], 0) for name in ("cloze_weight", "token_weight")},
+            prepared | {name: jnp.where(rows[:, None], prepared[name], 0) for name in ("place_weight", "token_weight")},
         )[0][0]
         for rows in (upper, ~upper)
     ]
@@ -234,7 +234,7 @@ def test_with_electra_it_is_judged_at_the_chosen_tokens_which_it_reads_in_the_or
     task = make_task("rtd")
     params, prepared = params_of(task), jax.device_get(prepare(task, IDS, KEYS))
     metrics, arrays = jax.device_get(evaluate(task, params, prepared))
-    cloze = towers_alone(Generator(SMALL, True), TOWER, params["generator"], params["embeddings"], IDS, IDS)
+    cloze = towers_alone(Generator(SMALL, "two_tower"), TOWER, params["generator"], params["embeddings"], IDS, IDS)
     log_p = log_softmax(cloze)
     assert means(metrics)["mlm_loss"] == pytest.approx(-at(log_p, IDS)[places(prepared)].mean(), rel=1e-4)
     raw = towers_alone(
@@ -318,7 +318,7 @@ def test_flops_of_a_step_follow_the_generator_and_what_it_predicts():
         (
             {"kind": "mlm"},
             {"kind": "two_tower"},
-            'objective.kind "mlm" trains one masked LM and has no generator.kind "two_tower"',
+            'objective.kind "mlm" trains one LM alone, of generator.kind masked or causal, not "two_tower"',
         ),
     ],
 )
