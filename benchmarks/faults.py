@@ -11,6 +11,7 @@ goes on a random bit of a random file is flipped, or the file cut: in the newest
 import argparse
 import contextlib
 import io
+import json
 import os
 import pathlib
 import random
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from benchmarks.report import environment, write
+from benchmarks.report import RESULTS, environment, write
 from electrax import cli
 from electrax.config import UserError
 from electrax.experiment.run import load_params
@@ -212,8 +213,10 @@ def damage_often(
     return counts
 
 
-def campaign(folder: pathlib.Path, kills: int, damages: int, seed: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """What each kind of fault did, as it is known. Half of the kills meet a pretraining in one process, a quarter each
+def campaign(
+    folder: pathlib.Path, kills: int, damages: int, seed: int, only: str = ""
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """What each kind of fault did, as it is known; with `only` those whose names have it. Half of the kills meet a pretraining in one process, a quarter each
     a fine-tuning and a pretraining in two; two thirds of the damages a pretraining."""
     chance, expected = random.Random(seed), {}
     prepare(folder, chance)
@@ -221,17 +224,18 @@ def campaign(folder: pathlib.Path, kills: int, damages: int, seed: int) -> Itera
         quietly([kind, str(folder / f"{kind}.toml"), "--workdir", str(folder / f"reference-{kind}")])
         expected[kind] = weights(folder / f"reference-{kind}")
     for kind, count in (("pretrain", damages - damages // 3), ("finetune", damages // 3)):
-        yield f"damage, {kind}", damage_often(folder, kind, count, expected[kind], chance, print)
+        if only in f"damage, {kind}":
+            yield f"damage, {kind}", damage_often(folder, kind, count, expected[kind], chance, print)
     two = folder / "two"
     if kills:
         [process.wait() for process in start(folder, "pretrain", two, 2)]
         expected["two"] = weights(two)
     plan = (("pretrain", 1, kills - 2 * (kills // 4)), ("finetune", 1, kills // 4), ("pretrain", 2, kills // 4))
     for kind, processes, count in plan:
-        if not count:
+        name = f"kill -9, {kind} in {processes} process{'es' if processes > 1 else ''}"
+        if not count or only not in name:
             continue
         wanted = expected["two" if processes == 2 else kind]
-        name = f"kill -9, {kind} in {processes} process{'es' if processes > 1 else ''}"
         yield name, kill_often(folder, kind, processes, count, wanted, chance)
 
 
@@ -239,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--damages", type=int, default=200)
+    parser.add_argument("--only", default="", help='kinds of faults whose names have this, as "2 processes"')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", default="")
     parser.add_argument("--check", action="store_true", help="keep no results")
@@ -248,7 +253,11 @@ def main() -> None:
         folder = pathlib.Path(arguments.workdir or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         began, results = time.monotonic(), {}
-        for name, counts in campaign(folder, arguments.kills, arguments.damages, arguments.seed):
+        if arguments.only and (RESULTS / "faults.json").is_file():  # the other kinds' are kept
+            results = json.loads((RESULTS / "faults.json").read_text())["results"]
+        for name, counts in campaign(
+            folder, *(getattr(arguments, name) for name in ("kills", "damages", "seed", "only"))
+        ):
             results[name] = counts
             show_table(name, list(counts), [list(map(str, counts.values()))])
             sys.stdout.flush()

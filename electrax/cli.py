@@ -20,6 +20,8 @@ USAGE = """usage: electrax COMMAND …
   finetune  CONFIG [--section.key value …]       train a classifier, tagger, reader or translator; the same
   evaluate  WORKDIR [--section.key value …]      the figures of a trained model on held-out or dev rows
   predict   WORKDIR INPUT [--key value …]        one line or row in, one JSON object out
+  generate  MODEL --prompt TEXT [--key value …]  texts that a causal language model writes on
+  score     MODEL INPUT [--by …] [--key value …] perplexity, pseudo-log-likelihood or originality of texts
   convert   FROM TO [--key value …]              Hugging Face or TensorFlow to electrax, electrax to Hugging Face
   export    MODEL OUT [--format …]               a trained model as StableHLO, ONNX or safetensors
 
@@ -74,6 +76,8 @@ def run(arguments: Sequence[str]) -> int:
         "finetune": finetune_command,
         "evaluate": evaluate_command,
         "predict": predict_command,
+        "generate": generate_command,
+        "score": score_command,
         "convert": convert_command,
         "export": export_command,
     }
@@ -259,6 +263,40 @@ def predict_command(arguments: Sequence[str]) -> int:
     if reranker is not None and not hasattr(reranker, "originality"):
         raise UserError(f"reranker {config.reranker}: expected a pretrained model")
     for line in predict_lines(load(config.model), config, columns, reranker):
+        print(line, flush=True)
+    return 0
+
+
+def generate_command(arguments: Sequence[str]) -> int:
+    from electrax.config import build, parse_overrides
+    from electrax.inference.write import GenerateConfig, generate_lines
+
+    if _help(GenerateConfig, "electrax generate MODEL", arguments):
+        return 0
+    words, options = _positional(arguments)
+    if len(words) != 1:
+        raise UserError("generate: expected one MODEL, then --prompt TEXT or --input FILE")
+    config = build(GenerateConfig, {**parse_overrides(options), "model": words[0]}, "command line")
+    return _show_lines(generate_lines, config)
+
+
+def score_command(arguments: Sequence[str]) -> int:
+    from electrax.inference.write import ScoreConfig, score_lines
+
+    more = "a .txt file, or - for lines of standard input"
+    config = _two_words(ScoreConfig, "score MODEL INPUT", ("model", "input"), more, arguments)
+    return _show_lines(score_lines, config) if config is not None else 0
+
+
+def _show_lines(lines: Callable, config) -> int:
+    use_compilation_cache()
+    from electrax.experiment.saved import load
+    from electrax.inference.model import PretrainedModel
+
+    model = load(config.model)
+    if not isinstance(model, PretrainedModel):
+        raise UserError(f"{config.model}: expected a pretrained model; predict is for fine-tuned ones")
+    for line in lines(model, config):
         print(line, flush=True)
     return 0
 

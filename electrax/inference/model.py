@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.batching import compiled, pad, padded_length, run_by_length, warm_up
+from electrax.inference.generation import CausalModel, Continuation
 from electrax.inference.template import TemplateClassifier
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
@@ -21,6 +22,7 @@ from electrax.tasks.base import Params
 from electrax.tasks.template import TemplateTask
 
 POOLINGS = ("mean", "cls")
+CAUSAL_KINDS = ("causal",)  # of generators that continue texts
 
 
 class Token(NamedTuple):
@@ -133,8 +135,7 @@ class PretrainedModel:
     def pseudo_log_likelihood(self, texts: Sequence[str], truncate: bool = False) -> Float[np.ndarray, "N"]:
         """The sum over a text's tokens of the generator's log-probability of the token in its place, masked out alone
         (Salazar et al., 2020, "Masked Language Model Scoring"). A text of n tokens costs n rows."""
-        if self.generator is None:
-            raise UserError("pseudo_log_likelihood: a two-tower generator predicts no masked-out tokens")
+        self._check_fills("pseudo_log_likelihood")
         rows = self._rows("pseudo_log_likelihood", texts, truncate)
         _check_not_empty("pseudo_log_likelihood", rows)
         masked, places = [], []  # a row and its only masked-out place, for each token
@@ -156,11 +157,23 @@ class PretrainedModel:
                 out[places[place][0]] += log_probability
         return out
 
+    def causal(self, what: str = "causal") -> CausalModel:
+        """Its generator as a model that continues texts; a UserError that names `what` was wanted where it is none."""
+        if self.generator is None or self.generator_kind not in CAUSAL_KINDS:
+            raise UserError(f"{what}: this model has no decoder; expected a generator.kind {' or '.join(CAUSAL_KINDS)}")
+        return CausalModel(self.params, self.tokenizer, self.generator, self.max_length)
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[list[Continuation]]:
+        """Continuations of each prompt; options as in CausalModel.generate."""
+        return self.causal("generate").generate(prompts, **options)
+
+    def perplexity(self, text: str, stride: int = 0) -> float:
+        """Of a text with its end, a token; `stride` as in CausalModel.likelihood."""
+        return self.causal("perplexity").likelihood(text, stride).perplexity
+
     def fill(self, text: str, candidates: int = 5) -> list[list[Candidate]]:
         """For each mask token in the text (its name in the vocabulary, as "[MASK]"), the likeliest tokens."""
-        if self.generator_kind in ("two_tower", "causal"):
-            name = self.generator_kind.replace("_", "-")
-            raise UserError(f"fill: a {name} generator predicts no masked-out tokens")
+        self._check_fills("fill")
         if self.generator is None:
             raise UserError("fill: this model has no generator")
         ids, _ = self.tokenizer.encode(text, allow_special=True)
@@ -196,6 +209,11 @@ class PretrainedModel:
         pad_id, sep_id = self.tokenizer.pad_id, self.tokenizer.sep_id
         task = TemplateTask(self.discriminator, pad_id, sep_id, classes=tuple(labels))
         return TemplateClassifier(self.params, self.tokenizer, task, self.max_length, words, template).predict(texts)
+
+    def _check_fills(self, what: str) -> None:
+        if self.generator_kind in ("two_tower", "causal"):
+            name = self.generator_kind.replace("_", "-")
+            raise UserError(f"{what}: a {name} generator predicts no masked-out tokens")
 
     def _check_pooling(self, pooling: str | None) -> None:
         if pooling is not None and pooling not in POOLINGS:

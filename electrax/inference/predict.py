@@ -58,8 +58,7 @@ def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[TextE
     if isinstance(model, Reader) and source.endswith(SQUAD):
         return iter(list(iter_squad(source, answers=False)))  # what is wrong with the file as a whole comes first
     if source == "-" or source.endswith(LINES):
-        lines = _standard_input() if source == "-" else iter_table(source, columns[:1])
-        rows = (row if isinstance(row, BadRow) else _texts(row, len(columns)) for row in lines)
+        rows = (row if isinstance(row, BadRow) else _texts(row, len(columns)) for row in read_texts(source))
     else:
         rows = iter_table(source, columns)
     return (_question(row) if isinstance(model, Reader) and isinstance(row, TextExample) else row for row in rows)
@@ -68,6 +67,13 @@ def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[TextE
 def _error(row: BadRow) -> dict[str, Any]:
     known = {"id": row.id} if isinstance(row, BadQuestion) and row.id is not None else {}
     return {**known, "error": f"{row.where}: {row.message}"}
+
+
+def read_texts(source: str) -> Iterator[TextExample | BadRow]:
+    """A text a line, of a .txt file or - for standard input."""
+    if source != "-" and not source.endswith(LINES):
+        raise UserError(f"{source}: expected a .txt file with a text a line, or - for standard input")
+    return _standard_input() if source == "-" else iter_table(source, ("text",))
 
 
 def _standard_input() -> Iterator[TextExample | BadRow]:

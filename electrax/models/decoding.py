@@ -68,8 +68,10 @@ def decode(
     sampling: Sampling = Sampling(),
     keys: Key[Array, "B"] | None = None,
     seen: Bool[Array, "B V"] | None = None,
+    limits: Int[Array, "B"] | None = None,
 ) -> Decoded:
-    """Up to `length` tokens after the tokens `first`, which stand at the place `start`; a row ends with `end_id`.
+    """Up to `length` tokens (`limits` of each row) after the tokens `first`, which stand at the place `start`; a row
+    ends with `end_id`.
 
     Row b's i-th token is drawn with fold_in(keys[b], i), so it depends on no other row. `seen` are the tokens that the
     repetition penalty is for from the start on; those decoded are added. `scores` are sums of log-probabilities.
@@ -77,32 +79,33 @@ def decode(
     rows = first.shape[0]
     keys = jax.random.split(jax.random.key(0), rows) if keys is None else keys
     penalised = sampling.repetition_penalty != 1.0
-    none = jnp.zeros((rows, 0), bool)
+    limits = jnp.full(rows, length) if limits is None else jnp.minimum(limits, length)
 
     def unfinished(carry):
-        i, done = carry[0], carry[4]
-        return (i < length) & ~jnp.all(done)
+        return ~jnp.all(carry[4])
 
     def body(carry):
-        i, cache, token, ids, done, scores, seen = carry
+        i, cache, token, ids, done, lengths, scores, seen = carry
         logits, cache = step(cache, token, start + i)
         each = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         token = choose(sampling, each, logits, seen if penalised else None)
         log_prob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         token = jnp.where(done, fill_id, token)
         ids = jax.lax.dynamic_update_slice_in_dim(ids, token[:, None], i, axis=1)
-        scores = scores + jnp.where(done, 0.0, log_prob)
+        lengths, scores = lengths + ~done, scores + jnp.where(done, 0.0, log_prob)
         if penalised:
             seen = seen.at[jnp.arange(rows), token].set(True)
-        return i + 1, cache, token, ids, done | (token == end_id), scores, seen
+        done |= (token == end_id) | (i + 1 >= limits)
+        return i + 1, cache, token, ids, done, lengths, scores, seen
 
     ids = jnp.full((rows, length), fill_id, jnp.int32)
     if penalised and seen is None:
         logits = jax.eval_shape(step, cache, first, jnp.int32(0))[0]
         seen = jnp.zeros(logits.shape, bool)
-    carry = (jnp.int32(0), cache, first, ids, jnp.zeros(rows, bool), jnp.zeros(rows), seen if penalised else none)
-    _, _, _, ids, _, scores, _ = jax.lax.while_loop(unfinished, body, carry)
-    return Decoded(ids, _lengths(ids, end_id), scores)
+    counted = jnp.zeros(rows, jnp.int32)
+    carry = (jnp.int32(0), cache, first, ids, limits < 1, counted, jnp.zeros(rows), seen if penalised else None)
+    _, _, _, ids, _, lengths, scores, _ = jax.lax.while_loop(unfinished, body, carry)
+    return Decoded(ids, lengths, scores)
 
 
 def _lengths(ids: Int[Array, "*B T"], end_id: int) -> Int[Array, "*B"]:
