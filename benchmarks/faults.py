@@ -216,8 +216,9 @@ def damage_often(
 def campaign(
     folder: pathlib.Path, kills: int, damages: int, seed: int, only: str = ""
 ) -> Iterator[tuple[str, dict[str, int]]]:
-    """What each kind of fault did, as it is known; with `only` those whose names have it. Half of the kills meet a pretraining in one process, a quarter each
-    a fine-tuning and a pretraining in two; two thirds of the damages a pretraining."""
+    """What each kind of fault did, as it is known; with `only` those whose names have it. Half of the kills meet a
+    pretraining in one process, a quarter each a fine-tuning and a pretraining in two; two thirds of the damages a
+    pretraining."""
     chance, expected = random.Random(seed), {}
     prepare(folder, chance)
     for kind in ("pretrain", "finetune"):

@@ -74,7 +74,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     config = read_json(path)
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"{path}: a model of the family {reprlib.repr(family)}; expected {' or '.join(FAMILIES)}")
+        expected = f"{' or '.join(FAMILIES)}, or gpt2 alone"
+        raise UserError(f"{path}: a model of the family {reprlib.repr(family)}; expected {expected}")
     return config
 
 
@@ -82,28 +83,33 @@ def encoder_of(config: Mapping[str, Any], source: str) -> EncoderConfig:
     """The shape that config.json describes; BERT's embeddings are as wide as its hidden states.
 
     Raises UserError naming a key that is missing, or that asks for what the ELECTRA body does not have."""
-    _expect({key: value for key, value in config.items() if value is not None}, FIXED, source)
+    expect({key: value for key, value in config.items() if value is not None}, FIXED, source)
     config = {"embedding_size": config.get("hidden_size"), **config}
-    fields = {}
-    for key, field in {**SIZES, **COUNTS}.items():
-        size = config.get(key)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"{source}: its config's {key} is {reprlib.repr(size)}; expected a number above 0")
-        fields[field] = size
-    for key, field in DROPOUTS.items():
-        share = config.get(key, 0.1)
-        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
-            raise UserError(
-                f"{source}: its config's {key} is {reprlib.repr(share)}; expected a number from 0 to below 1"
-            )
-        fields[field] = float(share)
+    fields: dict[str, Any] = {field: size_of(config, key, source) for key, field in {**SIZES, **COUNTS}.items()}
+    fields |= {field: share_of(config, key, source) for key, field in DROPOUTS.items()}
     try:
         return EncoderConfig(**fields)
     except ValueError as error:
         raise UserError(f"{source}: its config does not fit together: {error}") from None
 
 
-def _expect(config: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
+def size_of(config: Mapping[str, Any], key: str, source: str) -> int:
+    size = config.get(key)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"{source}: its config's {key} is {reprlib.repr(size)}; expected a number above 0")
+    return size
+
+
+def share_of(config: Mapping[str, Any], key: str, source: str) -> float:
+    """What is dropped; a tenth where config.json does not say it."""
+    share = config.get(key, 0.1)
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
+        raise UserError(f"{source}: its config's {key} is {reprlib.repr(share)}; expected a number from 0 to below 1")
+    return float(share)
+
+
+def expect(config: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
+    """Raises UserError naming a key that says something else than what is wanted."""
     for key, value in wanted.items():
         if config.get(key, value) != value:
             found = reprlib.repr(config[key])
@@ -155,7 +161,7 @@ def head_of(
         return Head(task, style=style)
     if architecture.endswith("MultipleChoice"):
         if style == "dense":
-            _expect(config, SUMMARY, source)
+            expect(config, SUMMARY, source)
         return Head(task, "choice", style)
     problem = config.get("problem_type")
     if problem not in (None, *PROBLEMS):

@@ -147,8 +147,8 @@ def write(path: pathlib.Path, model: Model, tokenizer: Tokenizer, trained_length
     for folder, part, architecture in _parts(model):
         encoder = part.encoder or part.generator
         assert encoder is not None
-        if encoder.modern:
-            raise UserError('model.body "modern" has no counterpart in Transformers; expected the body "electra"')
+        if encoder.body != "electra":
+            raise UserError(f'the body "{encoder.body}" has no counterpart in Transformers; expected "electra"')
         tower, family = "discriminator" if part.encoder else "generator", family_of(architecture)
         if family == "bert" and encoder.embedding_width != encoder.width:
             raise UserError(

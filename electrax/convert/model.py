@@ -19,11 +19,13 @@ NOT_NEEDED = (
     (r"(\w+\.)?embeddings\.(position_ids|token_type_ids)", CONSTANT),
     (r"(bert\.)?pooler\.dense\.\w+", "the pooler, which only next-sentence prediction was trained with"),
     (r"cls\.seq_relationship\.\w+", "next-sentence prediction"),
+    (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", CONSTANT),
 )
 AGAIN = {  # tied tensors that some files hold a second time
     "generator_lm_head.weight": "word_embeddings.weight",
     "cls.predictions.decoder.weight": "word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.weight": "wte.weight",
 }
 
 

@@ -20,13 +20,13 @@ Arrays = list[np.ndarray]
 @dataclass(frozen=True)
 class Entry:
     """A parameter: `path` here, `names` there (three where one is a fused product), the `axes` of each of those by
-    their key in config.json, and how the arrays become one another."""
+    their key in config.json, and how the arrays become one another (what is never written has no `split`)."""
 
     path: str
     names: tuple[str, ...]
     axes: tuple[str | int, ...]
     join: Callable[[Arrays], np.ndarray]
-    split: Callable[[np.ndarray], Arrays]
+    split: Callable[[np.ndarray], Arrays] | None = None
 
 
 def plain(path: str, name: str, *axes: str | int) -> Entry:

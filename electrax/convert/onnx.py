@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from electrax.config import UserError
 from electrax.convert.export import (
     ONNX_FILE,
     Graph,
@@ -147,7 +148,7 @@ class Rows:
 
 def _embeddings(add: Nodes, config: EncoderConfig, params: Params, rows: Rows, types: str | int) -> str:
     x = add("Gather", np.float32(params["word"])[: config.vocab_size], rows.ids)
-    if not config.modern:
+    if not config.traits.rotary:
         x = add("Add", x, rows.head_of(np.float32(params["position"])))
     table = np.float32(params["type"])
     x = add("Add", x, add("Gather", table, types) if isinstance(types, str) else table[types])
@@ -157,11 +158,11 @@ def _embeddings(add: Nodes, config: EncoderConfig, params: Params, rows: Rows, t
 def _encoder(add: Nodes, config: EncoderConfig, params: Params, x: str, rows: Rows) -> str:
     if config.embedding_width != config.width:
         x = add.dense(x, params["embeddings_project"])
-    mask, turns = add.unsqueeze(rows.real, 1, 2), _turns(config, rows) if config.modern else None
+    mask, turns = add.unsqueeze(rows.real, 1, 2), _turns(config, rows) if config.traits.rotary else None
     for i in range(config.layers):
         layer = params[f"layer_{i}"]
         attention_norm, output_norm = layer["attention_norm"], layer["output_norm"]
-        if config.modern:
+        if config.traits.pre_norm:
             h = add.norm(x, attention_norm, config)
             x = add("Add", x, _attention(add, config, layer["attention"], h, mask, turns))
             h = add.norm(x, output_norm, config)
@@ -170,7 +171,7 @@ def _encoder(add: Nodes, config: EncoderConfig, params: Params, x: str, rows: Ro
             x = add("Add", x, _attention(add, config, layer["attention"], x, mask, None))
             x = add.norm(x, attention_norm, config)
             x = add.norm(add("Add", x, _feed_forward(add, layer, x)), output_norm, config)
-    return add.norm(x, params["final_norm"], config) if config.modern else x
+    return add.norm(x, params["final_norm"], config) if config.traits.pre_norm else x
 
 
 def _feed_forward(add: Nodes, layer: Params, x: str) -> str:
@@ -309,6 +310,8 @@ def export_onnx(model: Model, out: str | os.PathLike, int8: bool = False) -> pat
     need("onnx", "onnx", *(["onnxruntime"] if int8 else []))
     import onnx
 
+    if encoder_of(model).traits.bare:
+        raise UserError(f'the body "{encoder_of(model).body}" is not exported as ONNX; expected the format stablehlo')
     graph = graph_of(model)
     proto = _model_proto(model, graph)
     onnx.checker.check_model(proto, full_check=True)

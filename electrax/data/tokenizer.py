@@ -93,6 +93,20 @@ class Tokenizer:
         raise UserError(f"{path}: expected a tokenizer file ending in .json, .model or .txt")
 
     @staticmethod
+    def load_completed(path: str | Path) -> tuple["Tokenizer", int]:
+        """A `tokenizer.json`, or that of a directory, with the special tokens that it lacks behind its others, and how
+        many these are. Text is encoded as before."""
+        path = Path(path) / HUGGING_FACE_FILE if Path(path).is_dir() else Path(path)
+        try:
+            backend = _backend(read_bytes(path, MAX_TOKENIZER_BYTES).decode("utf-8", errors="replace"), str(path))
+        except UserError as error:
+            raise UserError(f"{error}; expected a tokenizer.json") from None
+        known = backend.get_vocab(with_added_tokens=True)
+        missing = [names[0] for names in SPECIAL_NAMES.values() if known.keys().isdisjoint(names)]
+        backend.add_special_tokens(missing)
+        return _from_json(backend.to_str(), str(path)), len(missing)
+
+    @staticmethod
     def train(
         kind: str, lines: Iterable[str], vocab_size: int, lowercase: bool = True, strip_accents: bool | None = None
     ) -> "Tokenizer":
@@ -188,14 +202,18 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-def _from_json(data: bytes | str, source: str) -> Tokenizer:
+def _backend(text: str, source: str) -> Any:
     from tokenizers import Tokenizer as HuggingFace
 
-    text = data if isinstance(data, str) else data.decode("utf-8", errors="replace")
     try:
-        backend = HuggingFace.from_str(text)
+        return HuggingFace.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{source}: not a tokenizer.json ({error})") from None
+
+
+def _from_json(data: bytes | str, source: str) -> Tokenizer:
+    text = data if isinstance(data, str) else data.decode("utf-8", errors="replace")
+    backend = _backend(text, source)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from electrax.config import UserError, to_toml
-from electrax.convert import huggingface, tensorflow
+from electrax.convert import gpt2, huggingface, tensorflow
 from electrax.convert.config_json import infer_config
 from electrax.convert.hub import HUB_PREFIX, TOKENIZERS, from_hub, is_name
 from electrax.convert.model import CONSTANT, THE_SAME, Head, Model
@@ -150,6 +150,10 @@ def read(path: pathlib.Path, config: ConvertConfig) -> tuple[Model, Tokenizer]:
     else:
         if config.heads:
             raise UserError(f"heads {config.heads}: has no use, as {path} is no TensorFlow checkpoint")
+        if gpt2.is_directory(path):
+            if config.generator or config.lowercase is not None:
+                raise UserError(f"generator and lowercase have no use, as {path} is GPT-2")
+            return gpt2.read(path, pathlib.Path(config.tokenizer) if config.tokenizer else path)
         model, folder = huggingface.read(path, find(config.generator) if config.generator else None), path
         longest_word = huggingface.LONGEST_WORD
     given = pathlib.Path(config.tokenizer) if config.tokenizer else folder
@@ -224,7 +228,7 @@ def to_config(model: Model, tokenizer: Tokenizer, workdir: pathlib.Path, max_len
             ),
             data=ExamplesConfig(text=("context", "choice1", "choice2") if choice else ("text",), max_length=max_length),
         )
-    generator = GeneratorConfig()
+    generator = GeneratorConfig(kind="causal" if tower.body == "gpt2" else "masked")
     if model.generator and model.encoder:
         embeddings = "separate" if model.separate_embeddings else "shared"
         generator = GeneratorConfig(embeddings=embeddings, **_fields(model.generator, GeneratorConfig))

@@ -17,7 +17,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import PretrainConfig
 from electrax.experiment.plan import Plan, plan_mesh, plan_run
 from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for
-from electrax.experiment.start import start_weights
+from electrax.experiment.start import start_weights, with_generator_shape
 from electrax.models.sizes import discriminator_shape, generator_shape
 from electrax.tasks.corruption import slot_count
 from electrax.tasks.pretrain import PretrainTask, SpecialIds
@@ -136,6 +136,7 @@ def make_task(
 def plan(config: PretrainConfig) -> Plan:
     """What the run would need; text that is not prepared counts as its config says, and nothing is written."""
     mesh, imagined = plan_mesh(config)
+    config = with_generator_shape(config)
     if (pathlib.Path(config.data.path) / MANIFEST_FILE).is_file():
         config, corpus = open_corpus(config, QUIET)
         vocabulary, special = corpus.manifest.vocab_size, corpus.manifest.special_ids
@@ -150,7 +151,7 @@ def plan(config: PretrainConfig) -> Plan:
 def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
     """Prepares what is not there yet and checks that everything fits, before step 0."""
     with together():
-        mesh = mesh_for(config)
+        mesh, config = mesh_for(config), with_generator_shape(config)
         config, corpus = open_corpus(config, progress)
         tokenizer = corpus.tokenizer()
         steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)
@@ -169,7 +170,7 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
         save_every=config.checkpoint.every,
         steps_per_dispatch=config.steps_per_dispatch,
         feed=make_feed(config, task, corpus, mesh),
-        initial=(lambda drawn: start_weights(config, tokenizer, drawn)) if config.init_from else None,
+        initial=lambda drawn: start_weights(config, tokenizer, drawn),
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,9 +20,32 @@ MOST_UNROLLED = 12  # layers
 VOCABULARY_MULTIPLE = 128  # the word table is padded to it, so that it divides over devices and fills matrix units
 
 
+Body = Literal["electra", "modern", "gpt2"]
+
+
+class Traits(NamedTuple):
+    """What the bodies differ in."""
+
+    epsilon: float  # of the norms
+    pre_norm: bool  # or post-norm
+    rotary: bool  # positions, or learned ones
+    gated: bool  # feed-forward network
+    use_bias: bool  # but of the projection of the embeddings and of heads, which always have one
+    tanh_gelu: bool  # approximated, or exact
+    bare: bool  # word and position alone are embedded, without a norm, and the LM head is the word table alone
+
+
+TRAITS: dict[Body, Traits] = {
+    # the reference's
+    "electra": Traits(1e-12, pre_norm=False, rotary=False, gated=False, use_bias=True, tanh_gelu=False, bare=False),
+    "modern": Traits(1e-6, pre_norm=True, rotary=True, gated=True, use_bias=False, tanh_gelu=False, bare=False),
+    "gpt2": Traits(1e-5, pre_norm=True, rotary=False, gated=False, use_bias=True, tanh_gelu=True, bare=True),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Shape and numerics of one tower. `electra` is the reference's post-norm body, `modern` a pre-norm rotary one."""
+    """Shape and numerics of one tower."""
 
     vocab_size: int
     layers: int = 12
@@ -31,7 +54,7 @@ class EncoderConfig:
     feed_forward: int = 1024
     embedding_width: int = 128
     max_length: int = 512
-    body: Literal["electra", "modern"] = "electra"
+    body: Body = "electra"
     qk_norm: bool = False
     dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -45,16 +68,18 @@ class EncoderConfig:
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
-        if self.body == "modern" and self.width // self.heads % 2:
+        if self.traits.rotary and self.width // self.heads % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.width // self.heads}")
+        if self.traits.bare and self.embedding_width != self.width:
+            raise ValueError(f"the body {self.body} has embeddings as wide as its states, {self.width}")
 
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     @property
-    def modern(self) -> bool:
-        return self.body == "modern"
+    def traits(self) -> Traits:
+        return TRAITS[self.body]
 
     @property
     def scanned(self) -> bool:
@@ -66,18 +91,21 @@ class EncoderConfig:
         return jnp.dtype(self.compute_dtype)
 
     def kernel_init(self, residual: bool = False) -> nn.initializers.Initializer:
-        """electra: normal σ = .02 cut at 2σ without variance correction (real σ ≈ .0176). modern: variance 1/fan-in,
-        with the layers that write into the residual stream scaled down by √(2N)."""
-        if not self.modern:
+        """Normal σ = .02 cut at 2σ without variance correction (real σ ≈ .0176). modern: variance 1/fan-in, with the
+        layers that write into the residual stream scaled down by √(2N)."""
+        if self.body != "modern":
             return truncated_normal
         return nn.initializers.variance_scaling(
             1 / (2 * self.layers) if residual else 1.0, "fan_in", "truncated_normal"
         )
 
     def norm(self, name: str | None = None) -> nn.LayerNorm:
-        """LayerNorm with float32 statistics; without a bias, and with a larger epsilon, in the modern body."""
-        epsilon = 1e-6 if self.modern else 1e-12
-        return nn.LayerNorm(epsilon, dtype=self.dtype, use_bias=not self.modern, use_fast_variance=False, name=name)
+        """LayerNorm with float32 statistics."""
+        t = self.traits
+        return nn.LayerNorm(t.epsilon, dtype=self.dtype, use_bias=t.use_bias, use_fast_variance=False, name=name)
+
+    def gelu(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return nn.gelu(x, approximate=True) if self.traits.tanh_gelu else gelu(x)
 
 
 def truncated_normal(key, shape, dtype=jnp.float32) -> jax.Array:
@@ -104,27 +132,32 @@ def _gelu_jvp(primals, tangents):
 
 
 class Embeddings(nn.Module):
-    """Word + position + type embeddings and their LayerNorm: ids [B, L] -> [B, L, E]. Both towers share one set."""
+    """Word + position + type embeddings and their LayerNorm: ids [B, L] -> [B, L, E]. Both towers share one set. Rotary
+    positions are in the attention instead; the bare ones of GPT-2 have neither types nor a norm."""
 
     config: EncoderConfig
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(c.embedding_width**-0.5) if c.modern else truncated_normal
+        init = nn.initializers.normal(c.embedding_width**-0.5) if c.body == "modern" else truncated_normal
         self.word = self.param("word", init, (c.padded_vocab_size, c.embedding_width))
-        if not c.modern:
+        if not c.traits.rotary:
             self.position = self.param("position", init, (c.max_length, c.embedding_width))
-        self.type = self.param("type", init, (2, c.embedding_width))
-        self.norm = c.norm()
+        if not c.traits.bare:
+            self.type = self.param("type", init, (2, c.embedding_width))
+            self.norm = c.norm()
 
     def __call__(
         self, ids: Int[Array, "B L"], types: Int[Array, "B L"] | None = None, positions: Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L E"]:
-        """`types` default to 0 and `positions` to 0 … L-1. The modern body's positions are in its attention instead."""
+        """`types` default to 0 and `positions` to 0 … L-1."""
+        traits = self.config.traits
         take = functools.partial(lookup, gradient=self.config.lookup_gradient)
         x = take(self.word, ids)
-        if not self.config.modern:
+        if not traits.rotary:
             x = x + (self.position[None, : ids.shape[1]] if positions is None else take(self.position, positions))
+        if traits.bare:
+            return x
         # two rows by arithmetic: a gather would give the gradient a scatter onto two rows
         first, second = self.type[None, None, 0], self.type[None, None, 1]
         x = x + first + (0 if types is None else types[..., None] * (second - first))
@@ -134,7 +167,7 @@ class Embeddings(nn.Module):
 def _attention_options(c: EncoderConfig) -> dict[str, Any]:
     return {
         "heads": c.heads,
-        "use_bias": not c.modern,
+        "use_bias": c.traits.use_bias,
         "dropout_rate": c.attention_dropout,
         "implementation": c.attention,
         "dtype": c.dtype,
@@ -169,16 +202,15 @@ class Block(nn.Module):
         start: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         c = self.config
-        attention = SelfAttention(**_attention_options(c), rotary=c.modern, qk_norm=c.qk_norm, name="attention")
+        attention = SelfAttention(**_attention_options(c), rotary=c.traits.rotary, qk_norm=c.qk_norm, name="attention")
 
         def dense(features: int, name: str, residual: bool = False):
-            return Linear(
-                features, use_bias=not c.modern, dtype=c.dtype, kernel_init=c.kernel_init(residual), name=name
-            )
+            init = c.kernel_init(residual)
+            return Linear(features, use_bias=c.traits.use_bias, dtype=c.dtype, kernel_init=init, name=name)
 
         def feed_forward(h):
             up = dense(c.feed_forward, "up")(h)
-            h = gelu(dense(c.feed_forward, "gate")(h)) * up if c.modern else gelu(up)
+            h = c.gelu(dense(c.feed_forward, "gate")(h)) * up if c.traits.gated else c.gelu(up)
             return dense(c.width, "down", residual=True)(h)
 
         def attend(h):
@@ -187,9 +219,9 @@ class Block(nn.Module):
             return h
 
         def add(x, part, norm: str, site: int):
-            """x + part(x), normalised before the part (modern) or after the sum (electra)."""
+            """x + part(x), normalised before the part (pre-norm) or after the sum (post-norm)."""
             norm = c.norm(norm)
-            if c.modern:
+            if c.traits.pre_norm:
                 return x + dropout(part(norm(x)), c.dropout, fold(seed, site))
             return norm(x + dropout(part(x), c.dropout, fold(seed, site)))
 
@@ -268,5 +300,5 @@ class Encoder(nn.Module):
             for layer in each:
                 x, written = apply(x, layer)
                 kept.append(written)
-        x = c.norm("final_norm")(x) if c.modern else x
+        x = c.norm("final_norm")(x) if c.traits.pre_norm else x
         return x if cache is None else (x, kept)

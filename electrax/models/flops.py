@@ -44,13 +44,14 @@ def encoder_forward(c: EncoderConfig, length: int) -> int:
     """Of one token in rows of `length`; look-ups, norms and activations are free. Multiply and add are two."""
     projection = 2 * c.embedding_width * c.width if c.embedding_width != c.width else 0
     attention = 2 * c.width * 4 * c.width + 2 * 2 * length * c.width
-    feed_forward = 2 * c.width * c.feed_forward * (3 if c.modern else 2)
+    feed_forward = 2 * c.width * c.feed_forward * (3 if c.traits.gated else 2)
     return projection + c.layers * (attention + feed_forward)
 
 
 def masked_lm_forward(c: EncoderConfig, towers: int = 1) -> int:
     """Of one predicted position: the head's dense layer over one state a tower, and the product with the word table."""
-    return 2 * towers * c.width * c.embedding_width + 2 * c.embedding_width * c.padded_vocab_size
+    dense = 0 if c.traits.bare else 2 * towers * c.width * c.embedding_width
+    return dense + 2 * c.embedding_width * c.padded_vocab_size
 
 
 def pretraining_step(

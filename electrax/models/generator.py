@@ -18,12 +18,15 @@ GeneratorKind = Literal["masked", "causal", "two_tower", "shared"]
 
 
 class MaskedLMHead(nn.Module):
-    """Hidden states -> float32 logits over the padded vocabulary; the word table is the output layer's kernel."""
+    """Hidden states -> float32 logits over the padded vocabulary; the word table is the output layer's kernel, and in a
+    bare body all there is."""
 
     config: EncoderConfig
 
     def setup(self):
         c = self.config
+        if c.traits.bare:
+            return
         self.dense = Linear(c.embedding_width, dtype=c.dtype, kernel_init=c.kernel_init())
         self.norm = c.norm()
         self.output_bias = self.param("output_bias", nn.initializers.zeros, (c.padded_vocab_size,))
@@ -33,7 +36,7 @@ class MaskedLMHead(nn.Module):
 
     def transform(self, hidden: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
         """What the word table is multiplied with."""
-        return self.norm(gelu(self.dense(hidden)))
+        return hidden if self.config.traits.bare else self.norm(gelu(self.dense(hidden)))
 
     def logits(self, x: Float[Array, "B N E"], word: Float[Array, "V E"]) -> Float[Array, "B N V"]:
         """Padded entries get the lowest float32, so that they can be neither predicted nor sampled."""
@@ -41,7 +44,8 @@ class MaskedLMHead(nn.Module):
         logits = jnp.einsum("bne,ve->bnv", x, word.astype(c.dtype), preferred_element_type=jnp.float32)
         # the lowest number swallows whatever is added to it: a choice of B x N x V values costs more than one of V
         is_token = jnp.arange(c.padded_vocab_size) < c.vocab_size
-        return logits + jnp.where(is_token, self.output_bias, jnp.finfo(jnp.float32).min)[None, None]
+        bias = jnp.zeros(c.padded_vocab_size) if c.traits.bare else self.output_bias
+        return logits + jnp.where(is_token, bias, jnp.finfo(jnp.float32).min)[None, None]
 
 
 class Generator(nn.Module):

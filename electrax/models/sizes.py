@@ -5,7 +5,7 @@ from typing import Literal
 
 from electrax.config import UserError
 from electrax.models.attention import Implementation
-from electrax.models.encoder import EncoderConfig
+from electrax.models.encoder import Body, EncoderConfig
 from electrax.models.generator import GeneratorKind
 from electrax.models.lookup import LookupGradient
 
@@ -34,7 +34,7 @@ class ModelConfig:
     """The discriminator. A size of the paper, and any number of it changed by name (0: as the size has it)."""
 
     size: Literal["tiny", "small", "base", "large", "small++"] = "small"
-    body: Literal["electra", "modern"] = "electra"  # the reference's, or pre-norm, rotary, GeGLU, without biases
+    body: Body = "electra"  # the reference's; modern: pre-norm, rotary, GeGLU, without biases; gpt2: GPT-2's
     layers: int = 0
     width: int = 0
     heads: int = 0
@@ -57,6 +57,8 @@ class GeneratorConfig:
     """The generator: by fraction of the discriminator (0: the size's fraction, 1 for the depth) or by number."""
 
     kind: GeneratorKind = "masked"
+    init_from: str = ""  # a language model alone (a work directory, or of another format): its shape, and its weights
+    body: Literal["", "electra", "modern", "gpt2"] = ""  # default: the discriminator's
     width_fraction: float = 0.0
     layers_fraction: float = 1.0
     width: int = 0
@@ -108,11 +110,14 @@ def generator_shape(model: ModelConfig, generator: GeneratorConfig, discriminato
         return discriminator
     fraction = generator.width_fraction or SIZES[model.size].generator_fraction
     width = generator.width or round(discriminator.width * fraction)
+    body = generator.body or discriminator.body
     layers = generator.layers or max(1, round(discriminator.layers * generator.layers_fraction))
     return _checked(
         "generator",
         **{
             **dataclasses.asdict(discriminator),
+            "body": body,
+            "qk_norm": discriminator.qk_norm and body == discriminator.body,
             "width": width,
             "layers": layers,
             "heads": generator.heads or max(1, width // 64),

@@ -86,7 +86,8 @@ def show_preflight(run: Run) -> None:
     show_line("data", _describe_data(run))
     show_steps(run, f"{run.config.batch_size} rows x {run.config.data.max_length} = {run.tokens_per_step:,.0f}")
     task = run.task
-    if not task.discriminator.modern and not task.electric and task.generator_kind in ("masked", "shared"):
+    knows = not task.electric and task.generator_kind in ("masked", "shared") and task.discriminator.body == "electra"
+    if knows:
         discriminator = task.discriminator if task.detects else None
         count = paper_step(task.generator, discriminator, run.config.batch_size, run.config.data.max_length)
         show_line("as the paper", f"counts FLOPs: {count:.3g} a step, {count * run.steps:.3g} the run")

@@ -128,9 +128,9 @@ class PretrainTask:
         return Generator(self.generator, self.generator_kind, wrap=self.faithful and self.two_tower)
 
     def generator_params(self, params: Params) -> Params:
-        """All that the generator computes with but the embeddings."""
-        shared = self.generator_kind == "shared"
-        return params["generator"] | ({"encoder": params["discriminator"]["encoder"]} if shared else {})
+        """All that the generator computes with but the embeddings; a bare body's head has no parameters."""
+        shared = {"encoder": params["discriminator"]["encoder"]} if self.generator_kind == "shared" else {}
+        return {"head": {}} | params["generator"] | shared
 
     # -- corruption ---------------------------------------------------------------------------------------------------
 

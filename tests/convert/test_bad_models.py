@@ -62,7 +62,7 @@ def assert_refused(message: str, source: pathlib.Path, **more) -> None:
 
 VOCABULARY = TOKENIZER.vocab_size
 ENCODER = [
-    ("a model of the family 'roberta'; expected electra or bert", {"model_type": "roberta"}),
+    ("a model of the family 'roberta'; expected electra or bert, or gpt2 alone", {"model_type": "roberta"}),
     (r"a model of the family \[\]; expected", {"model_type": []}),
     ("hidden_act is 'relu'; electrax has 'gelu'", {"hidden_act": "relu"}),
     (r"hidden_act is \[\[\[", {"hidden_act": DEEP}),

@@ -279,7 +279,9 @@ def test_a_layer_is_post_norm_or_pre_norm_with_rotary_positions_and_gates(config
     x = np.random.RandomState(1).randn(5, 16).astype(np.float32)
     mask, positions = jnp.ones((1, 1, 1, 5), bool), jnp.arange(5)[None]
     found = jax.jit(Block(config).apply)({"params": params}, jnp.asarray(x)[None], mask, positions)[0][0]
-    expected = numpy_layer(jax.tree.map(lambda p: np.asarray(p, np.float64), params), np.float64(x), config.modern)
+    expected = numpy_layer(
+        jax.tree.map(lambda p: np.asarray(p, np.float64), params), np.float64(x), config.body == "modern"
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

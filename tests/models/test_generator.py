@@ -94,6 +94,15 @@ def test_the_dense_layer_starts_as_the_kernels_and_the_output_bias_at_zero():
     assert not params["output_bias"].any() and not params["dense"]["bias"].any()
 
 
+def test_a_bare_head_is_the_word_table_alone():
+    config = dataclasses.replace(TINY, width=12, body="gpt2")
+    hidden = jnp.asarray(RANDOM.randn(2, 3, 12), jnp.float32)
+    assert not MaskedLMHead(config).init(jax.random.key(0), hidden, WORD)
+    found = MaskedLMHead(config).apply({}, hidden, WORD)
+    np.testing.assert_allclose(found[..., :50], hidden @ WORD[:50].T, rtol=1e-5, atol=1e-5)
+    assert (found[..., 50:] == LOWEST).all()
+
+
 # -- two towers -------------------------------------------------------------------------------------------------------
 
 DEEP = dataclasses.replace(TINY, layers=2)
@@ -216,6 +225,7 @@ def test_a_causal_generators_place_has_the_state_of_the_one_before_it():
         ("electra", (), (1,) * 8),
         ("modern", (("qk_norm", True),), (1,) * 8),
         ("modern", (("scan_layers", True),), (5, 2, 1)),
+        ("gpt2", (("width", 12),), (3, 5)),
     ],
 )
 def test_token_by_token_the_next_ones_logits_are_those_of_the_whole_row_at_once(body, numbers, steps):

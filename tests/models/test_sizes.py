@@ -158,6 +158,9 @@ def test_flops_of_a_step_are_three_forwards_of_matrix_products():
     two = pretraining_step(generator, discriminator, 6, 10, 2, towers=2)
     assert two - expected == 3 * 6 * (10 * small + 2 * 2 * 4 * 8)
     assert pretraining_step(generator, discriminator, 6, 10, 10, towers=2) - two == 3 * 6 * 8 * (slot + 2 * 4 * 8)
+    # GPT-2's head is the vocabulary alone
+    bare = dataclasses.replace(discriminator, body="gpt2")
+    assert pretraining_step(bare, None, 6, 10, 2) == 3 * 6 * (10 * encoder + 2 * 2 * 8 * 128)
     # the discriminator's own encoder, run twice
     head = 2 * 8 * 8 + 2 * 8 * 128
     shared = 3 * 6 * (10 * (2 * encoder + 2 * 64 + 2 * 8) + 2 * head)

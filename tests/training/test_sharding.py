@@ -25,13 +25,15 @@ from electrax.training.sharding import (
 from electrax.training.state import abstract_state
 
 
-def make_task(size="small", body="electra", kind="rtd", embeddings="shared", generator_kind="masked", **numbers):
+def make_task(
+    size="small", body="electra", kind="rtd", embeddings="shared", generator_kind="masked", own_body="", **numbers
+):
     """Two layers: every further one is named alike."""
     model = ModelConfig(size=size, body=body, qk_norm=body == "modern", **{"layers": 2, **numbers})
     discriminator = discriminator_shape(model, 30522)
     generator = discriminator
     if kind == "rtd":
-        options = GeneratorConfig(kind=generator_kind, embeddings=embeddings)
+        options = GeneratorConfig(kind=generator_kind, embeddings=embeddings, body=own_body)
         generator = generator_shape(model, options, discriminator)
     special, objective = SpecialIds(0, 101, 102, 103), ObjectiveConfig(kind=kind)
     shared = embeddings == "shared"
@@ -48,12 +50,13 @@ def shapes_by_path(task):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
-KINDS = [  # objective, embeddings, generator
+KINDS = [  # objective, embeddings, generator, its body
     ("rtd", "shared", "masked"),
     ("rtd", "separate", "masked"),
     ("rtd", "separate", "two_tower"),
     ("rtd", "shared", "shared"),
     ("mlm", "shared", "masked"),
+    ("rtd", "separate", "causal", "gpt2"),
 ]
 
 
