@@ -22,6 +22,7 @@ USAGE = """usage: electrax COMMAND …
   predict   WORKDIR INPUT [--key value …]        one line or row in, one JSON object out
   generate  MODEL --prompt TEXT [--key value …]  texts that a causal language model writes on
   score     MODEL INPUT [--by …] [--key value …] perplexity, pseudo-log-likelihood or originality of texts
+  augment   DATASET --out FILE --generator MODEL   new examples made of old ones, to fine-tune or pretrain on
   convert   FROM TO [--key value …]              Hugging Face or TensorFlow to electrax, electrax to Hugging Face
   export    MODEL OUT [--format …]               a trained model as StableHLO, ONNX or safetensors
 
@@ -78,6 +79,7 @@ def run(arguments: Sequence[str]) -> int:
         "predict": predict_command,
         "generate": generate_command,
         "score": score_command,
+        "augment": augment_command,
         "convert": convert_command,
         "export": export_command,
     }
@@ -298,6 +300,24 @@ def _show_lines(lines: Callable, config) -> int:
         raise UserError(f"{config.model}: expected a pretrained model; predict is for fine-tuned ones")
     for line in lines(model, config):
         print(line, flush=True)
+    return 0
+
+
+def augment_command(arguments: Sequence[str]) -> int:
+    from electrax.config import build, parse_overrides
+    from electrax.experiment.augment import AugmentConfig, augment
+
+    if _help(AugmentConfig, "electrax augment DATASET", arguments):
+        return 0
+    words, options = _positional(arguments)
+    if len(words) != 1:
+        raise UserError("augment: expected one DATASET, then --out FILE --generator MODEL")
+    config = build(AugmentConfig, {**parse_overrides(options), "dataset": words[0]}, "command line")
+    use_compilation_cache()
+    from electrax.report.common import console
+
+    counts = augment(config)
+    console.print(", ".join(f"{count:,} {name}" for name, count in counts.items()) + f": wrote {config.out}")
     return 0
 
 

@@ -98,6 +98,8 @@ SCORES = {
     "F1": "f1",
     "F1 of entities": "f1",
     "F1 of phrases": "f1",
+    "BLEU": "bleu",
+    "ROUGE-L": "rougeL",
 }
 # columns of CoNLL's files: word, other columns, tag
 SENTENCES = [[(noun, tag), ("sat", "O"), ("on", "O"), ("red", other), ("house", f"I-{other[2:]}")]
@@ -150,6 +152,13 @@ def miniature(name, folder):
         "squad2": {f"{split}-v2.0.json": squad(QUESTIONS[:4] + unanswerable) for split in ("train", "dev")},
         "mrqa": {"a.jsonl": mrqa(), "b.jsonl": mrqa()},
     }  # fmt: skip
+    texts = [("the red film", "der rote film"), ("a good play", "ein gutes spiel")] * 8
+    for split in ("train", "val") if name.startswith("multi30k") else ():
+        for place, language in enumerate(("en", "de")):
+            write(folder / f"{split}.{language}", "".join(f"{pair[place]}\n" for pair in texts))
+    for split in ("train", "valid", "dev") if name in ("headlines", "scitldr") else ():
+        rows = [{"source": [f"{a}.", "it was so"] if name == "scitldr" else a, "target": [b, a]} for a, b in texts]
+        write(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     if name == "csv":
         return ["--data.path", write_rows(folder / "reviews.csv", REVIEWS)]
     if name in GLUE_FILES:
@@ -195,7 +204,11 @@ def test_a_config_of_glue_has_the_classes_and_orders_of_its_task(path):
 @pytest.mark.parametrize("path", ONE_TASK, ids=lambda path: path.stem)
 def test_a_shipped_config_trains_on_a_miniature_of_its_data(path, pretrained, tmp_path):
     words = miniature(path.stem, tmp_path / "data")
-    start = ["--model.layers=1", "--model.width=16", "--model.heads=2"] if path.stem == "csv" else []
+    fresh = path.stem == "csv" or path.stem.startswith("multi30k")
+    start = ["--model.layers=1", "--model.width=16", "--model.heads=2"] if fresh else []
+    small = load(FinetuneConfig, path).task == "rewrite"
+    start += ["--decoder.max_length=12", "--decoder.beams=2", "--data.vocab_size=300"] if small and fresh else []
+    start += ["--decoder.max_length=12", "--decoder.beams=2", "--init_from", pretrained] if small and not fresh else []
     start = start or ["--init_from", pretrained]
     status, output = call("finetune", path.stem, *words, "--workdir", tmp_path / "run", *start, *QUICK)
     assert status == 0
@@ -218,5 +231,6 @@ def test_a_shipped_config_trains_on_a_miniature_of_its_data(path, pretrained, tm
         "classify": sorted(GLUE[path.stem].classes) if path.stem in GLUE else ["no", "yes"],
         "tag": sorted(["O", *(f"{place}-{kind}" for place in "BIES" for kind in spans)]) if spans else ["NOUN", "VERB"],
         "answer": [],
+        "rewrite": [],
     }  # fmt: skip
     assert head["classes"] == expected[config.task]

@@ -33,6 +33,8 @@ class ExamplesConfig:
     dev: str = ""  # the same of the rows to evaluate on; none: a share of train's
     holdout: float = 0.1  # that share
     limit: int = 0  # training rows to use, drawn evenly; 0: all
+    augment: str = ""  # rows to train on beside them: what `electrax augment` wrote
+    augment_rate: float = 1.0  # at most so many of those for each training row
     on_bad_row: Literal["error", "skip"] = "error"  # report all of them and end, or leave them out and count
     # columns: one, two for a pair, or the context and each choice; of parallel files the ending of the source's name
     text: tuple[str, ...] = ("text",)
@@ -56,6 +58,8 @@ class ExamplesConfig:
         if self.max_length < 8 or self.shapes < 1:
             found = f"{self.max_length} and {self.shapes}"
             raise UserError(f"data.max_length must be at least 8 and data.shapes at least 1, not {found}")
+        if self.augment_rate <= 0:
+            raise UserError(f"data.augment_rate must be above 0, not {self.augment_rate}")
         if not 0 < self.holdout < 1:
             raise UserError(f"data.holdout must lie between 0 and 1, not {self.holdout}")
 
@@ -82,7 +86,20 @@ def read_examples(
     if not train:
         return [], dev, bad
     chosen = np.random.default_rng(0).permutation(len(rows))[: config.limit or None]
-    return [rows[i] for i in sorted(chosen)], dev, bad
+    return [rows[i] for i in sorted(chosen)] + _augmented(config, len(chosen), bad), dev, bad
+
+
+def _augmented(config: ExamplesConfig, rows: int, bad: BadRows) -> list[Example]:
+    """Rows that a generator made, drawn evenly."""
+    if not config.augment:
+        return []
+    if config.format not in ("table", "glue"):
+        raise UserError(f"data.augment is for tables and GLUE, not for data.format {config.format}")
+    is_glue = config.format == "glue"
+    text, label = (GLUE[config.glue].texts, "label") if is_glue else (config.text, config.label)
+    made = read_table(config.augment, text, label, bad, config.label_separator)
+    chosen = np.random.default_rng(0).permutation(len(made))[: round(config.augment_rate * rows)]
+    return [made[i] for i in sorted(chosen)]
 
 
 def hold_out(rows: list[Example], share: float, kind: str) -> tuple[list[Example], list[Example]]:

@@ -14,6 +14,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.inference.batching import compiled, pad, padded_length, run_by_length, warm_up
 from electrax.inference.generation import CausalModel, Continuation
 from electrax.inference.template import TemplateClassifier
+from electrax.models.decoding import LOWEST
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.models.generator import Generator, GeneratorKind
@@ -66,6 +67,9 @@ class PretrainedModel:
         self._pool = {name: compiled(functools.partial(_pool, encode, name)) for name in POOLINGS}
         self._detect = jax.jit(functools.partial(_detect, discriminator))
         self._fill = jax.jit(functools.partial(_fill, generator))
+        self._sample = jax.jit(
+            functools.partial(_sample, generator, tokenizer.special_ids), static_argnames="temperature"
+        )
         self._likelihood = jax.jit(functools.partial(_likelihood, generator))
 
     @property
@@ -156,6 +160,31 @@ class PretrainedModel:
             for place, log_probability in zip(numbers, found.tolist(), strict=True):
                 out[places[place][0]] += log_probability
         return out
+
+    def replace(
+        self, texts: Sequence[str], share: float = 0.15, temperature: float = 1.0, seed: int | Sequence[int] = 0
+    ) -> list[str]:
+        """The texts with that share of their tokens, at least one, masked out and sampled anew from the generator, all
+        of a text at once. Special tokens are not sampled. Text n of a seed depends on no other; what does not fit into
+        the model is cut."""
+        self._check_fills("replace")
+        rows = self._rows("replace", texts, truncate=True)
+        masked, uniform = [list(row) for row in rows], []
+        for number, row in enumerate(masked):
+            random = np.random.default_rng([*np.atleast_1d(seed).tolist(), number])
+            inside = len(row) - 2
+            for place in 1 + random.permutation(inside)[: max(1, round(share * inside)) if inside else 0]:
+                row[place] = self.tokenizer.mask_id
+            uniform.append((random.random(len(row)) * 2**30).astype(np.int32).tolist())  # where a sample falls
+        columns = [(masked, self.tokenizer.pad_id), (uniform, 0)]
+        program = functools.partial(self._sample, self.params, temperature=temperature)
+        for numbers, found in run_by_length(program, columns, self.max_length):
+            for number, drawn in zip(numbers, found.tolist(), strict=True):
+                rows[number] = [
+                    drawn[place] if token == self.tokenizer.mask_id else token
+                    for place, token in enumerate(masked[number])
+                ]
+        return [self.tokenizer.decode(row) for row in rows]
 
     def causal(self, what: str = "causal") -> CausalModel:
         """Its generator as a model that continues texts; a UserError that names `what` was wanted where it is none."""
@@ -276,6 +305,16 @@ def _fill(config: EncoderConfig, params: Params, ids, pad_id):
     embedded = Embeddings(config).apply({"params": table}, ids)
     mask = padding_mask(ids != pad_id)
     return Generator(config).apply({"params": params["generator"]}, embedded, table["word"], mask)
+
+
+def _sample(config: EncoderConfig, special: Mapping[str, int], params: Params, ids, uniform, temperature: float):
+    """A token for each place, drawn at the share `uniform` / 2^30 of the generator's distribution."""
+    logits = _fill(config, params, ids, special["pad"])
+    logits = logits.at[..., jnp.array(list(special.values()))].set(LOWEST)
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    shares = jnp.cumsum(jax.nn.softmax(logits / temperature, axis=-1), axis=-1)
+    return jnp.sum(shares <= uniform[..., None] / 2**30 * shares[..., -1:], axis=-1)
 
 
 def _likelihood(config: EncoderConfig, params: Params, ids, true, pad_id):

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +25,7 @@ class Candidate(NamedTuple):
     score: float
 
 
+@runtime_checkable
 class Reranker(Protocol):
     """A pretrained model of the target's language."""
 
