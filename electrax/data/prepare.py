@@ -6,6 +6,7 @@ the same command goes on from it and writes the same bytes as a run that was nev
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ import numpy as np
 from electrax.config import UserError
 from electrax.data.corpus import FORMAT_VERSION, MANIFEST_FILE, Manifest, Shard, Split
 from electrax.data.encode import Chunk, Encoded, Part, encode_chunks, pieces, split_long
+from electrax.data.outside import read_object
 from electrax.data.readers import END, Documents, LineReader, OnBadInput, Source, find_sources
 from electrax.data.rows import Layout, PackedRows, SegmentRows, Special, row_dtype
 from electrax.data.shards import ShardWriter, locked, sync_directory, write_atomically
@@ -215,7 +217,9 @@ def _resume(partial: Path, plan: dict) -> State | None:
             raise UserError(f"{partial}: expected an interrupted run's {PROGRESS_FILE} in it; remove the directory")
         _write_progress(partial, plan, None)
         return None
-    saved = json.loads(path.read_bytes())
+    saved = read_object(path, sha256=str)
+    if saved.pop("sha256") != _sha256(saved):
+        raise UserError(f"{path}: damaged; remove the directory {partial} to begin again")
     if saved["state"] is None:  # nothing would be lost
         _write_progress(partial, plan, None)
         return None
@@ -228,7 +232,12 @@ def _resume(partial: Path, plan: dict) -> State | None:
 
 
 def _write_progress(partial: Path, plan: dict, state: State | None) -> None:
-    write_atomically(partial / PROGRESS_FILE, json.dumps({"plan": plan, "state": asdict(state) if state else None}))
+    content = {"plan": plan, "state": asdict(state) if state else None}
+    write_atomically(partial / PROGRESS_FILE, json.dumps({**content, "sha256": _sha256(content)}))
+
+
+def _sha256(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def make_tokenizer(config: PrepareConfig, sources: list[Source]) -> Tokenizer:

@@ -229,6 +229,18 @@ def test_another_command_or_other_input_does_not_go_on(config, tmp_path):
         prepare(config())
 
 
+def test_a_damaged_account_of_the_progress_is_named_and_not_gone_on_from(config, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(), stop_after(5))
+    path = tmp_path / "out.partial" / "progress.json"
+    whole = path.read_text()
+    for damaged in (whole.replace('"documents": ', '"documents": 1'), whole[: len(whole) // 2]):
+        assert damaged != whole
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="out.partial/progress.json: (damaged; remove|not JSON)"):
+            prepare(config())
+
+
 def test_a_run_that_came_to_nothing_does_not_bind_the_next(config, tmp_path):
     with pytest.raises(UserError, match="tokenizer: expected"):
         prepare(config(tokenizer="gone.txt"))
