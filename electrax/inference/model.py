@@ -63,7 +63,7 @@ class PretrainedModel:
         self._encode = compiled(encode)
         self._pool = {name: compiled(functools.partial(_pool, encode, name)) for name in POOLINGS}
         self._detect = jax.jit(functools.partial(_detect, discriminator))
-        self._fill = jax.jit(functools.partial(_fill, generator))
+        self._fill = jax.jit(functools.partial(_fill, generator, generator_kind))
 
     @property
     def reads_one_way(self) -> bool:
@@ -211,8 +211,8 @@ def _detect(config: EncoderConfig, params: Params, ids, pad_id):
     return Discriminator(config).apply({"params": params["discriminator"]}, embedded, padding_mask(ids != pad_id))
 
 
-def _fill(config: EncoderConfig, params: Params, ids, pad_id):
+def _fill(config: EncoderConfig, kind: GeneratorKind, params: Params, ids, pad_id):
     table = params.get("generator_embeddings", params["embeddings"])
     embedded = Embeddings(config).apply({"params": table}, ids)
     mask = padding_mask(ids != pad_id)
-    return Generator(config).apply({"params": params["generator"]}, embedded, table["word"], mask)
+    return Generator(config, kind).apply({"params": params["generator"]}, embedded, table["word"], mask)
