@@ -141,8 +141,9 @@ def _plain(task):
 
 
 def _pretrained_graph(model: PretrainedModel) -> Graph:
-    if model.reads_one_way:
-        raise UserError("a causal LM alone cannot be exported; expected a model with a discriminator, or a masked LM")
+    if model.discriminator is None and model.generator_kind != "masked":
+        kind = model.generator_kind
+        raise UserError(f"a {kind} LM alone cannot be exported; expected a model with a discriminator, or a masked LM")
     config, pad_id, detects = portable(encoder_of(model)), model.tokenizer.pad_id, model._detects
     tower = "generator" if model.discriminator is None else "discriminator"
 

@@ -78,7 +78,7 @@ class PretrainConfig:
         }.items():
             if value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
-        for key in ("mask_prob", "keep_prob", "random_prob"):
+        for key in ("mask_prob", "keep_prob", "random_prob", "causal_share"):
             if not 0 <= getattr(self.objective, key) <= 1:
                 raise UserError(f"objective.{key} must lie between 0 and 1, not {getattr(self.objective, key)}")
 

@@ -30,7 +30,7 @@ from electrax.training.tracking import Record
 # entered around a preparation, gives what `prepare` reports its progress to
 Watcher = contextlib.AbstractContextManager[Callable[[Progress], None]]
 QUIET: Watcher = contextlib.nullcontext(lambda _: None)
-ALONE = ("masked", "causal")  # kinds of generators that are language models without a discriminator, too
+ALONE = ("masked", "causal", "hybrid")  # kinds of generators that are language models without a discriminator, too
 
 
 def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConfig, Corpus]:

@@ -23,7 +23,7 @@ from electrax.tasks.base import Params
 from electrax.tasks.template import TemplateTask
 
 POOLINGS = ("mean", "cls")
-CAUSAL_KINDS = ("causal",)  # of generators that continue texts
+CAUSAL_KINDS = ("causal", "hybrid")  # of generators that continue texts
 
 
 class Token(NamedTuple):
@@ -66,11 +66,11 @@ class PretrainedModel:
         self._encode = compiled(encode)
         self._pool = {name: compiled(functools.partial(_pool, encode, name)) for name in POOLINGS}
         self._detect = jax.jit(functools.partial(_detect, discriminator))
-        self._fill = jax.jit(functools.partial(_fill, generator))
+        self._fill = jax.jit(functools.partial(_fill, generator, generator_kind))
         self._sample = jax.jit(
-            functools.partial(_sample, generator, tokenizer.special_ids), static_argnames="temperature"
+            functools.partial(_sample, generator, generator_kind, tokenizer.special_ids), static_argnames="temperature"
         )
-        self._likelihood = jax.jit(functools.partial(_likelihood, generator))
+        self._likelihood = jax.jit(functools.partial(_likelihood, generator, generator_kind))
 
     @property
     def reads_one_way(self) -> bool:
@@ -300,16 +300,24 @@ def _detect(config: EncoderConfig, params: Params, ids, pad_id):
     return Discriminator(config).apply({"params": params["discriminator"]}, embedded, padding_mask(ids != pad_id))
 
 
-def _fill(config: EncoderConfig, params: Params, ids, pad_id):
+def _fill(config: EncoderConfig, kind: GeneratorKind, params: Params, ids, pad_id):
     table = params.get("generator_embeddings", params["embeddings"])
     embedded = Embeddings(config).apply({"params": table}, ids)
     mask = padding_mask(ids != pad_id)
-    return Generator(config).apply({"params": params["generator"]}, embedded, table["word"], mask)
+    return Generator(config, kind).apply({"params": params["generator"]}, embedded, table["word"], mask)
 
 
-def _sample(config: EncoderConfig, special: Mapping[str, int], params: Params, ids, uniform, temperature: float):
+def _sample(
+    config: EncoderConfig,
+    kind: GeneratorKind,
+    special: Mapping[str, int],
+    params: Params,
+    ids,
+    uniform,
+    temperature: float,
+):
     """A token for each place, drawn at the share `uniform` / 2^30 of the generator's distribution."""
-    logits = _fill(config, params, ids, special["pad"])
+    logits = _fill(config, kind, params, ids, special["pad"])
     logits = logits.at[..., jnp.array(list(special.values()))].set(LOWEST)
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)
@@ -317,13 +325,13 @@ def _sample(config: EncoderConfig, special: Mapping[str, int], params: Params, i
     return jnp.sum(shares <= uniform[..., None] / 2**30 * shares[..., -1:], axis=-1)
 
 
-def _likelihood(config: EncoderConfig, params: Params, ids, true, pad_id):
+def _likelihood(config: EncoderConfig, kind: GeneratorKind, params: Params, ids, true, pad_id):
     """The log-probability of the one token of each row that `true` names; -1 elsewhere."""
     slots = jnp.argmax(true, axis=1)[:, None]
     table = params.get("generator_embeddings", params["embeddings"])
     embedded = Embeddings(config).apply({"params": table}, ids)
     mask = padding_mask(ids != pad_id)
-    logits = Generator(config).apply({"params": params["generator"]}, embedded, table["word"], mask, slots)[:, 0]
+    logits = Generator(config, kind).apply({"params": params["generator"]}, embedded, table["word"], mask, slots)[:, 0]
     token = jnp.max(true, axis=1)
     return jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 

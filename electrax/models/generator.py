@@ -12,9 +12,10 @@ from electrax.models.encoder import Encoder, EncoderConfig, gelu
 from electrax.models.linear import Linear
 from electrax.models.masks import one_way_mask, sees_neighbour
 
-# masked: a masked LM. causal: a left-to-right LM. two_tower: one reads forwards, one backwards, none sees the token it
-# predicts (Electric's). shared: the discriminator's own encoder with a head (the reference's untied_generator=False)
-GeneratorKind = Literal["masked", "causal", "two_tower", "shared"]
+# masked: a masked LM. causal: a left-to-right LM. hybrid: one that is both, each for some of the rows (GPT-BERT).
+# two_tower: one reads forwards, one backwards, none sees the token it predicts (Electric's).
+# shared: the discriminator's own encoder with a head (the reference's untied_generator=False)
+GeneratorKind = Literal["masked", "causal", "hybrid", "two_tower", "shared"]
 
 
 class MaskedLMHead(nn.Module):
@@ -53,9 +54,11 @@ class Generator(nn.Module):
 
     - `masked` and `shared`: the state at the place, whose token is masked out, of an encoder that reads both ways.
     - `causal`: the state at the place before, of one that reads forwards.
+    - `hybrid` (Charpentier and Samuel 2024, GPT-BERT): the state at the place before, too; of some rows read forwards,
+      and of the others read both ways, with the token masked out.
     - `two_tower` (Electric's): the states at both neighbours, of one that reads forwards and one that reads backwards.
 
-    So with the latter two the logits at a place do not depend on its token, and nothing needs to be masked out.
+    So with what reads one way the logits at a place do not depend on its token, and nothing needs to be masked out.
     """
 
     config: EncoderConfig
@@ -76,10 +79,11 @@ class Generator(nn.Module):
         slots: Int[Array, "B M"] | None = None,
         positions: Int[Array, "B L"] | None = None,
         seed: Seed | None = None,
+        causal: Bool[Array, "B"] | None = None,
     ) -> Float[Array, "B N V"]:
         """Logits at the places `slots` of each row (N = M), or at all of them (N = L) where none are named. `mask` says
-        which tokens are of one text; what reads one way sees those of them alone."""
-        return self.head.logits(self.states(embedded, mask, slots, positions, seed), word)
+        which tokens are of one text, `causal` which rows a hybrid reads forwards (default: none)."""
+        return self.head.logits(self.states(embedded, mask, slots, positions, seed, causal), word)
 
     def states(
         self,
@@ -88,6 +92,7 @@ class Generator(nn.Module):
         slots: Int[Array, "B M"] | None = None,
         positions: Int[Array, "B L"] | None = None,
         seed: Seed | None = None,
+        causal: Bool[Array, "B"] | None = None,
     ) -> Float[Array, "B N E"]:
         """What `MaskedLMHead.logits` takes: all of the generator but its largest part, the vocabulary."""
         match self.kind:
@@ -98,6 +103,9 @@ class Generator(nn.Module):
                 hidden = jnp.concatenate([self._moved(forwards, mask, 1), self._moved(backwards, mask, -1)], axis=-1)
             case "causal":
                 hidden = self._moved(self.encoder(embedded, one_way_mask(mask), positions, seed), mask, 1)
+            case "hybrid":
+                seen = mask if causal is None else jnp.where(causal[:, None, None, None], one_way_mask(mask), mask)
+                hidden = self._moved(self.encoder(embedded, seen, positions, seed), mask, 1)
             case _:
                 hidden = self.encoder(embedded, mask, positions, seed)
         if slots is not None:
@@ -118,8 +126,8 @@ class Generator(nn.Module):
         cache: list[KeyValues],
         start: Int[Array, ""],
     ) -> tuple[Float[Array, "B T V"], list[KeyValues]]:
-        """For decoding with a causal generator: of the T tokens at the places from `start` on, the logits of the token
-        after each, and the `cache` of L places a layer with theirs written into it. `mask` says which places each
-        reads: at most its own and those before."""
+        """For decoding with a causal or hybrid generator: of the T tokens at the places from `start` on, the logits of
+        the token after each, and the `cache` of L places a layer with theirs written into it. `mask` says which places
+        each reads: at most its own and those before."""
         hidden, cache = self.encoder(embedded, mask, positions, cache=cache, start=start)
         return self.head(hidden, word), cache

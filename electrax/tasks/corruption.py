@@ -50,6 +50,11 @@ def write_at(
     return jnp.where(count > 0, total // jnp.maximum(count, 1), ids)
 
 
+def marked(ids: Int[Array, "L"], positions: Int[Array, "M"], written: Bool[Array, "M"]) -> Bool[Array, "L"]:
+    """Where `write_at` writes."""
+    return write_at(jnp.zeros_like(ids), positions, jnp.ones_like(positions), written) == 1
+
+
 def gumbel(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """-log(-log(u + 1e-9) + 1e-9) with u uniform in [0, 1), float32."""
     return -jnp.log(-jnp.log(jax.random.uniform(key, shape) + TINY) + TINY)

@@ -145,3 +145,16 @@ def multilabel_figures(predicted: Bool[np.ndarray, "N C"], true: Bool[np.ndarray
         "samples_f1": f1(1),
         "exact_match": float(np.mean((predicted == true).all(1))),
     }
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def area_under_curve(score: Float[np.ndarray, "N"], positive: Bool[np.ndarray, "N"]) -> float:
+    """Exact area under the ROC curve: P(score of a positive > score of a negative), ties half; NaN without both."""
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return NAN
+    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2  # mean rank of tied scores
+    return float((rank[place][positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))

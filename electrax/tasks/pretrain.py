@@ -21,6 +21,7 @@ from electrax.models.masks import document_index, document_mask, document_positi
 from electrax.models.sizes import GeneratorKind
 from electrax.tasks import corruption
 from electrax.tasks.base import Batch, Mean, Metrics, Params
+from electrax.tasks.metrics import area_under_curve
 
 EPSILON = 1e-6  # the reference adds it to every denominator
 MOST_LOGITS = 2**28  # of a device, held at once: 1 GiB
@@ -40,6 +41,7 @@ class ObjectiveConfig:
     keep_prob: float = 0.15  # of those, the share that stays visible to the generator
     random_prob: float = 0.0  # of those, the share shown as a random token (BERT: 0.1, with keep_prob 0.1)
     causal_loss: Literal["all", "chosen"] = "all"  # tokens a left-to-right LM learns from: all but [CLS], or the chosen
+    causal_share: float = 1 / 16  # of the rows that a hybrid generator reads from left to right; GPT-BERT's
     temperature: float = 1.0  # of the generator's samples; 0 is the arg max
     disallow_correct: bool = False
     generator_weight: float = 1.0
@@ -94,7 +96,7 @@ class PretrainTask:
     @property
     def predicts_all(self) -> bool:
         """Whether there are logits at every place of a row, or at the slots alone."""
-        return self.electric or (self.generator_kind == "causal" and self.objective.causal_loss == "all")
+        return self.electric or (self.generator_kind in ("causal", "hybrid") and self.objective.causal_loss == "all")
 
     def flops(self, rows: int, length: int) -> float:
         """Of a training step in matrix products."""
@@ -144,7 +146,7 @@ class PretrainTask:
         prepared = jax.vmap(self._mask_row)(ids, keys)
         counted = {"slot_weight": prepared["used"], "token_weight": ids != self.special.pad}
         if self.predicts_all:
-            counted["place_weight"] = self._candidates(ids) if self.electric else self._continuations(ids)
+            counted["place_weight"] = self._candidates(ids) if self.electric else self._continuations(prepared)
         return prepared | {name: each / (jnp.sum(each) + EPSILON) for name, each in counted.items()}
 
     def _candidates(self, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
@@ -152,13 +154,19 @@ class PretrainTask:
         s = self.special
         return (ids != s.pad) & (ids != s.cls) & (ids != s.sep) & (ids != s.mask)
 
-    def _continuations(self, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
-        """Tokens that stand after others of their text: all but the [CLS] that each text begins with."""
-        return (ids != self.special.pad) & (ids != self.special.cls)
+    def _continuations(self, prepared: Batch) -> Bool[Array, "B L"] | Float[Array, "B L"]:
+        """Tokens that stand after others of their text: all but the [CLS] that each text begins with. In a hybrid's
+        masked rows those that are chosen, and each of its rows counts the same, however many tokens it predicts."""
+        ids = prepared["ids"]
+        tokens = (ids != self.special.pad) & (ids != self.special.cls)
+        if self.generator_kind != "hybrid":
+            return tokens
+        chosen = jax.vmap(corruption.marked)(ids, prepared["slots"], prepared["used"])
+        return _evenly(jnp.where(prepared["causal"][:, None], tokens, chosen))
 
     def _mask_row(self, ids: Int[Array, "L"], key: Key[Array, ""]) -> dict[str, jax.Array]:
         o, special = self.objective, self.special
-        slots_key, hide_key, sample_key, random_key, dropout_key = jax.random.split(key, 5)
+        slots_key, hide_key, sample_key, random_key, dropout_key, causal_key = jax.random.split(key, 6)
         slots, used = corruption.choose_slots(
             slots_key,
             self._candidates(ids),
@@ -175,9 +183,7 @@ class PretrainTask:
             shown = jnp.where(fate < o.keep_prob + o.random_prob, token, shown)
         masked = corruption.write_at(ids, slots, shown, hidden)
         hidden &= shown == special.mask
-        if self.generator_kind in ("two_tower", "causal"):  # sees no token that it predicts: none has to be masked out
-            masked, hidden = ids, used
-        return {
+        prepared = {
             "ids": ids,
             "masked": masked,
             "slots": slots,
@@ -186,6 +192,14 @@ class PretrainTask:
             "sample_key": sample_key,
             "dropout_seed": jax.random.bits(dropout_key, (2,), jnp.uint32),
         }
+        # what sees no token that it predicts needs none masked out
+        if self.generator_kind in ("two_tower", "causal"):
+            prepared |= {"masked": ids, "hidden": used}
+        if self.generator_kind == "hybrid":
+            causal = jax.random.uniform(causal_key) < o.causal_share
+            prepared |= {"masked": jnp.where(causal, ids, masked), "hidden": jnp.where(causal, used, hidden)}
+            prepared["causal"] = causal
+        return prepared
 
     # -- the two towers -----------------------------------------------------------------------------------------------
 
@@ -210,6 +224,7 @@ class PretrainTask:
             None if self.predicts_all else prepared["slots"],
             positions,
             prepared["dropout_seed"][:, 0] if train else None,
+            prepared["causal"] if self.generator_kind == "hybrid" else None,
             method="states",
         )
 
@@ -261,10 +276,7 @@ class PretrainTask:
         corrupted = jax.vmap(corruption.write_at)(rows["ids"], rows["slots"], sampled, rows["used"])
         replaced = corrupted != rows["ids"]
         if self.electric:
-            chosen = jax.vmap(corruption.write_at)(
-                jnp.zeros_like(corrupted), rows["slots"], jnp.ones_like(sampled), rows["used"]
-            )
-            replaced = chosen == 1
+            replaced = jax.vmap(corruption.marked)(rows["ids"], rows["slots"], rows["used"])
         return {"sampled": sampled, "corrupted": corrupted, "replaced": replaced}
 
     def _noise_log_odds(self, logits: Float[Array, "B L V"], corrupted: Int[Array, "B L"]) -> Float[Array, "B L"]:
@@ -291,9 +303,10 @@ class PretrainTask:
         original = jnp.take_along_axis(ids, prepared["slots"], axis=1)
         weight = prepared["place_weight" if self.predicts_all else "slot_weight"]
         loss = o.generator_weight * jnp.sum(found["cross_entropy"] * weight)
+        counted = _evenly(weight > 0) if self.predicts_all and self.generator_kind == "hybrid" else weight > 0
         metrics = {
-            "mlm_loss": Mean.of(found["cross_entropy"], weight > 0),
-            "mlm_accuracy": Mean.of(found["is_largest"], weight > 0),
+            "mlm_loss": Mean.of(found["cross_entropy"], counted),
+            "mlm_accuracy": Mean.of(found["is_largest"], counted),
             "masked_accuracy": Mean.of(found["is_largest_at_slots"], hidden),
         }
         arrays = {"hidden_token": jnp.where(hidden, original, -1)}
@@ -379,6 +392,11 @@ class PretrainTask:
             yield {"ids": self.corpus.rows("valid", numbers)}, numbers
 
 
+def _evenly(counted: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+    """Weights that are alike within a row and add up to one in each."""
+    return counted / jnp.maximum(1, jnp.sum(counted, axis=1, keepdims=True))
+
+
 def _by_rows(function: Callable[[Batch], Batch], rows: Batch, size: int) -> Batch:
     """`function` of all rows, taken `size` at a time, and computed again for the gradient where that is not all.
 
@@ -395,13 +413,3 @@ def _by_rows(function: Callable[[Batch], Batch], rows: Batch, size: int) -> Batc
 def _is_largest(logits: Float[Array, "B N V"], token: Int[Array, "B N"]) -> Bool[Array, "B N"]:
     """Whether no logit is above the token's: as an arg max says, but for ties, at a fraction of its cost on a CPU."""
     return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] >= jnp.max(logits, axis=-1)
-
-
-def area_under_curve(score: Float[np.ndarray, "N"], positive: Bool[np.ndarray, "N"]) -> float:
-    """Exact area under the ROC curve: P(score of a positive > score of a negative), ties half; NaN without both."""
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not positives or not negatives:
-        return float("nan")
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = np.cumsum(count) - (count - 1) / 2  # mean rank of tied scores
-    return float((rank[place][positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))

@@ -17,7 +17,7 @@ from electrax.experiment.saved import convert
 from electrax.models.encoder import Embeddings
 from electrax.models.generator import Generator
 from electrax.models.masks import padding_mask
-from tests.fixtures.finetuning import TEXT
+from tests.fixtures.finetuning import TEXT, call
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -60,8 +60,9 @@ def theirs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(theirs, tmp_path_factory):
     out = tmp_path_factory.mktemp("converted") / "out"
-    report = convert(ConvertConfig(source=str(theirs[0]), out=str(out)))
-    assert len(report["used"]) == 2 * 12 + 4 and not report["left_out"]
+    status, _ = call("convert", theirs[0], out)
+    report = json.loads((out / "conversion.json").read_text())
+    assert status == 0 and len(report["used"]) == 2 * 12 + 4 and not report["left_out"]
     return out
 
 

@@ -52,3 +52,12 @@ def test_a_causal_lm_alone_is_loaded_and_is_no_model_to_fine_tune_or_to_export(a
         finetune.set_up(config)
     with pytest.raises(UserError, match="^a causal LM alone cannot be exported"):
         export(ExportConfig(model=str(alone), out=str(tmp_path / "out")))
+
+
+def test_a_hybrid_lm_alone_fills_masks_and_is_a_model_to_fine_tune(tmp_path):
+    generator = {"kind": "hybrid", "width": 0, "heads": 0}
+    source = make_pretrained(tmp_path / "source", objective={"kind": "mlm"}, generator=generator)
+    assert len(electrax.load(source).fill("the [MASK] ran", candidates=3)[0]) == 3
+    assert finetune.resolve(finetuning(tmp_path / "run", init_from=str(source))).model.width == 16
+    with pytest.raises(UserError, match="^a hybrid LM alone cannot be exported"):
+        export(ExportConfig(model=str(source), out=str(tmp_path / "out")))

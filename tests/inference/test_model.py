@@ -8,7 +8,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.inference.model import PretrainedModel
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
-from electrax.models.generator import Generator
+from electrax.models.generator import Generator, MaskedLMHead
 from electrax.models.masks import padding_mask
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
 from tests.inference.compilations import compilations
@@ -237,6 +237,20 @@ def test_fill_gives_the_generators_likeliest_tokens(tokenizer, shared):
     best = np.argsort(-expected)[:3]
     assert [c.piece for c in found] == model.tokenizer.pieces(best)
     np.testing.assert_allclose([c.probability for c in found], expected[best], atol=1e-5)
+
+
+def test_a_hybrid_fills_a_mask_from_the_state_before_it_which_saw_both_sides(tokenizer):
+    made = make_model(tokenizer)
+    model = PretrainedModel(made.params, tokenizer, made.generator, made.discriminator, LENGTH, generator_kind="hybrid")
+    ids, mask = bare(model, "the cat sat", mask_at=2)
+    embedded = Embeddings(model.generator).apply({"params": model.params["embeddings"]}, ids)
+    hidden = Encoder(model.generator).apply({"params": model.params["generator"]["encoder"]}, embedded, mask)
+    head, word = {"params": model.params["generator"]["head"]}, model.params["embeddings"]["word"]
+    logits = MaskedLMHead(model.generator).apply(head, hidden[:, 1:2], word)[0, 0, : tokenizer.vocab_size]
+    found = model.fill("the [MASK] sat", candidates=tokenizer.vocab_size)[0]
+    best = np.argsort(-np.asarray(logits))
+    assert [c.piece for c in found[:5]] == tokenizer.pieces(best[:5])
+    np.testing.assert_allclose(found[0].probability, jax.nn.softmax(logits)[best[0]], rtol=1e-4)
 
 
 def test_fill_sorts_the_candidates_of_each_mask_and_their_sum_is_at_most_one(model):

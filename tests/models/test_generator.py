@@ -219,6 +219,22 @@ def test_a_causal_generators_place_has_the_state_of_the_one_before_it():
     np.testing.assert_allclose(found[..., :50], expected[..., :50], rtol=1e-4, atol=1e-4)
 
 
+def test_a_hybrid_reads_some_rows_as_a_causal_generator_does_and_the_others_both_ways():
+    generator, params, apply = causal()
+    hybrid = Generator(generator.config, "hybrid")
+    embedded = jnp.asarray(np.tile(RANDOM.randn(1, 8, 12), (3, 1, 1)), jnp.float32)
+    mask = document_mask(jnp.asarray(np.tile(DOCUMENTS, (3, 1))))
+    found = jax.jit(hybrid.apply)(params, embedded, WORD, mask, causal=jnp.array([True, False, True]))
+    one_way = apply(params, embedded[:1], WORD, mask[:1])[0]
+    states = jax.jit(Encoder(DEEP).apply)({"params": params["params"]["encoder"]}, embedded[:1], mask[:1])
+    before = np.roll(states, 1, axis=1)
+    before[:, [0, 3, 7]] = 0  # where nothing stands before
+    both_ways = jax.jit(MaskedLMHead(DEEP).apply)({"params": params["params"]["head"]}, jnp.asarray(before), WORD)[0]
+    for row, expected in zip(found, (one_way, both_ways, one_way), strict=True):
+        np.testing.assert_allclose(row[..., :50], expected[..., :50], rtol=1e-4, atol=1e-4)
+    assert np.abs(one_way - both_ways)[1, :50].max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("body", "numbers", "steps"),
     [

@@ -8,6 +8,7 @@ import pytest
 
 from electrax.tasks.metrics import (
     accuracy,
+    area_under_curve,
     binary_f1,
     classification_figures,
     confusion,
@@ -175,6 +176,29 @@ def test_multilabel_by_hand():
             "exact_match": 1 / 3,
         }
     )
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+def auc_by_pairs(score, positive):
+    wins = [(p > n) + 0.5 * (p == n) for p in score[positive] for n in score[~positive]]
+    return sum(wins) / len(wins)
+
+
+@pytest.mark.parametrize("values", [1000, 5, 2])  # hardly a tie, many, nearly nothing else
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order(values):
+    random = np.random.RandomState(0)
+    score, positive = random.randint(0, values, 60).astype(np.float32), random.rand(60) < 0.3
+    assert area_under_curve(score, positive) == pytest.approx(auc_by_pairs(score, positive), abs=1e-12)
+
+
+def test_the_area_under_the_curve_of_known_orders():
+    positive = np.array([False, False, True, True])
+    assert area_under_curve(np.float32([1, 2, 3, 4]), positive) == 1.0
+    assert area_under_curve(np.float32([3, 4, 1, 2]), positive) == 0.0
+    assert area_under_curve(np.float32([1, 1, 1, 1]), positive) == 0.5
+    assert math.isnan(area_under_curve(np.float32([1, 2, 3, 4]), np.ones(4, bool)))
 
 
 # -- nothing ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from electrax.models.encoder import Embeddings, EncoderConfig
 from electrax.models.generator import Generator
 from electrax.models.masks import document_index, document_mask, document_positions
-from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds, area_under_curve
+from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
 from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.state import gradients
 from tests.fixtures.weights import random_params
@@ -421,26 +421,6 @@ def test_by_default_a_chunk_of_rows_has_at_most_a_gib_of_logits():
 
 
 # -- figures of an evaluation -----------------------------------------------------------------------------------------
-
-
-def auc_by_pairs(score, positive):
-    wins = [(p > n) + 0.5 * (p == n) for p in score[positive] for n in score[~positive]]
-    return sum(wins) / len(wins)
-
-
-@pytest.mark.parametrize("values", [1000, 5, 2])  # hardly a tie, many, nearly nothing else
-def test_the_area_under_the_curve_is_the_share_of_pairs_in_order(values):
-    random = np.random.RandomState(0)
-    score, positive = random.randint(0, values, 60).astype(np.float32), random.rand(60) < 0.3
-    assert area_under_curve(score, positive) == pytest.approx(auc_by_pairs(score, positive), abs=1e-12)
-
-
-def test_the_area_under_the_curve_of_known_orders():
-    positive = np.array([False, False, True, True])
-    assert area_under_curve(np.float32([1, 2, 3, 4]), positive) == 1.0
-    assert area_under_curve(np.float32([3, 4, 1, 2]), positive) == 0.0
-    assert area_under_curve(np.float32([1, 1, 1, 1]), positive) == 0.5
-    assert math.isnan(area_under_curve(np.float32([1, 2, 3, 4]), np.ones(4, bool)))
 
 
 def test_the_best_guess_without_context_is_the_most_frequent_hidden_word():

@@ -81,9 +81,9 @@ def state_and_logits(task, params, ids, types, positions, mask):
     return MaskedLMHead(task.generator).apply(head, hidden, params["embeddings"]["word"])
 
 
-def log_p(task, params, ids=IDS):
-    """[B, L, V]: the log-probabilities of what stands at a place, given the part of its text before; packed rows by
-    documents, others whole, with segments. At the first place of a text they mean nothing."""
+def log_p(task, params, ids=IDS, both_ways=False):
+    """[B, L, V]: the log-probabilities of what stands at a place, given the part of its text before, or all of it; in
+    packed rows a text is a document, in others both segments. At the first place of a text they mean nothing."""
     document = np.cumsum(ids == CLS, axis=1) * (ids != PAD)
     same, place = document[:, :, None] == document[:, None], np.arange(LENGTH)
     positions = place - np.maximum.accumulate(np.where(ids == CLS, place, 0), axis=1)
@@ -91,7 +91,7 @@ def log_p(task, params, ids=IDS):
     if task.layout == "segments":
         same, positions = np.broadcast_to((ids != PAD)[:, None], same.shape), np.broadcast_to(place, ids.shape)
         types = np.minimum(np.cumsum(ids == SEP, axis=1) - (ids == SEP), 1) * (ids != PAD)
-    mask = (same & np.tri(LENGTH, dtype=bool))[:, None]
+    mask = (same & (both_ways | np.tri(LENGTH, dtype=bool)))[:, None]
     logits = np.float64(state_and_logits(task, params, ids, types, positions, mask))[..., :VOCABULARY]
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     return np.roll(logits, 1, axis=1)
@@ -163,9 +163,74 @@ def test_a_causal_generators_gradients_are_the_same_where_the_vocabulary_is_take
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize("kind", ["rtd", "mlm"])
-def test_a_few_steps_on_one_batch_lower_the_losses(kind):
-    task = make_task(kind=kind)
+# -- a hybrid one -----------------------------------------------------------------------------------------------------
+
+
+def test_a_hybrids_rows_are_drawn_one_by_one_as_causal_or_masked():
+    count = 4000
+    ids, keys = np.tile(IDS[:1], (count, 1)), jax.random.split(jax.random.key(5), count)
+    found = jax.device_get(prepare(make_task("hybrid", causal_share=0.25), ids, keys))
+    masked = jax.device_get(prepare(make_task("masked"), ids, keys))
+    causal = found["causal"]
+    assert abs(causal.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / count)
+    for name in ("slots", "used", "dropout_seed"):  # which tokens are chosen does not depend on it
+        np.testing.assert_array_equal(found[name], masked[name])
+    for name in ("masked", "hidden"):
+        np.testing.assert_array_equal(found[name][~causal], masked[name][~causal])
+    assert (found["masked"][causal] == ids[causal]).all() and (found["hidden"] == found["used"])[causal].all()
+    # a row is what its key says, whatever rows are beside it
+    some = jax.device_get(prepare(make_task("hybrid", causal_share=0.25), ids[7:11], keys[7:11]))
+    np.testing.assert_array_equal(some["causal"], causal[7:11])
+
+
+def test_by_default_one_row_of_sixteen_is_causal():
+    assert ObjectiveConfig().causal_share == 1 / 16
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    """(task, its prepared batch with two rows of each kind, the log-probabilities of what stands at each place)."""
+    task = make_task("hybrid", causal_share=0.5, temperature=0.0)
+    keys = (jax.random.split(jax.random.key(number), 4) for number in range(100))
+    prepared = next(p for p in (jax.device_get(prepare(task, IDS, key)) for key in keys) if p["causal"].sum() == 2)
+    rows = [log_p(task, params_of(task), prepared["masked"], both_ways=both)[:, :, None] for both in (True, False)]
+    return task, prepared, np.where(prepared["causal"][:, None, None, None], rows[1], rows[0])[:, :, 0]
+
+
+def test_each_row_of_a_hybrid_counts_the_same_with_all_tokens_or_with_the_chosen_ones(hybrid):
+    task, prepared, expected = hybrid
+    judged = np.where(prepared["causal"][:, None], PREDICTED, places(prepared))
+    weight = judged / judged.sum(1, keepdims=True) / 4
+    np.testing.assert_allclose(prepared["place_weight"], weight, rtol=1e-5)
+    found = means(evaluate(task, params_of(task), prepared)[0])
+    assert found["mlm_loss"] == pytest.approx(-(at(expected, IDS) * weight).sum(), rel=1e-4)
+    assert found["mlm_accuracy"] == pytest.approx(((expected.argmax(-1) == IDS) * weight).sum())
+    (loss, metrics), _ = loss_and_grads(task, params_of(task), prepared)  # with dropout
+    found = means(metrics)
+    assert float(loss) == pytest.approx(found["mlm_loss"] + 50 * found["rtd_loss"], rel=1e-4)
+
+
+def test_both_kinds_of_rows_give_samples_to_the_discriminator(hybrid):
+    task, prepared, expected = hybrid
+    _, arrays = jax.device_get(evaluate(task, params_of(task), prepared))
+    chosen = places(prepared)
+    assert chosen[prepared["causal"]].any() and chosen[~prepared["causal"]].any()
+    np.testing.assert_array_equal(arrays["corrupted"], np.where(chosen, expected.argmax(-1), IDS))
+
+
+def test_a_hybrid_may_be_judged_at_the_chosen_tokens_alone(hybrid):
+    task, prepared, expected = hybrid
+    task = dataclasses.replace(task, objective=dataclasses.replace(task.objective, causal_loss="chosen"))
+    found = means(evaluate(task, params_of(task), prepared)[0])
+    assert found["mlm_loss"] == pytest.approx(-at(expected, IDS)[places(prepared)].mean(), rel=1e-4)
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("generator", "kind"), [("causal", "rtd"), ("causal", "mlm"), ("hybrid", "rtd")])
+def test_a_few_steps_on_one_batch_lower_the_losses(generator, kind):
+    task = make_task(generator, kind=kind, causal_share=0.5)
     prepared = prepare(task, IDS, KEYS)
     params = jax.jit(lambda: task.init(jax.random.key(0), {"ids": IDS}))()
     assert ("discriminator" in params) == (kind == "rtd")
@@ -186,7 +251,7 @@ def test_flops_of_a_causal_generator_count_the_vocabulary_at_every_place_that_it
     large = 2 * 12 * 16 + 8 * 256 + 4 * 12 * 16 + 4 * 16 * 32 + 2 * 256 + 2 * 16
     small = 2 * 12 * 8 + 8 * 64 + 4 * 12 * 8 + 4 * 8 * 16
     place = 2 * 8 * 12 + 2 * 12 * 128
-    assert make_task().flops(5, 12) == 3 * 5 * 12 * (large + small + place)
+    assert make_task().flops(5, 12) == make_task("hybrid").flops(5, 12) == 3 * 5 * 12 * (large + small + place)
     assert make_task(causal_loss="chosen").flops(5, 12) == 3 * 5 * (12 * (large + small) + 3 * place)
 
 

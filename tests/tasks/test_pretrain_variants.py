@@ -318,7 +318,7 @@ def test_flops_of_a_step_follow_the_generator_and_what_it_predicts():
         (
             {"kind": "mlm"},
             {"kind": "two_tower"},
-            'objective.kind "mlm" trains one LM alone, of generator.kind masked or causal, not "two_tower"',
+            'objective.kind "mlm" trains one LM alone, of generator.kind masked or causal or hybrid, not "two_tower"',
         ),
     ],
 )
