@@ -93,7 +93,7 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def initial_params(
-    config: FinetuneConfig, task: FinetuneTask, head: dict[str, Any], tokenizer: Tokenizer, drawn: Params, mesh: Mesh
+    config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokenizer, drawn: Params, mesh: Mesh
 ) -> Params:
     """The drawn weights with those of `init_from` in their place: embeddings and encoder, and the head where that run
     had the same task and outputs. Of another vocabulary or more positions what is new stays as it is drawn."""
@@ -106,10 +106,10 @@ def initial_params(
         kept = jax.tree.map(np.asarray, embeddings)
         embeddings = taken_embeddings(kept, drawn["embeddings"], *shared_tokens(known, tokenizer))
     taken = {"embeddings": embeddings, "discriminator": {"encoder": tower["encoder"]}}
-    if isinstance(task, RewriteTask) and not is_finetuned:
+    if config.task == "rewrite" and not is_finetuned:
         source = jax.tree.map(np.asarray, params["embeddings"])
         target = target_tokenizer(config, tokenizer, ())
-        taken |= started_decoder(task, tower["encoder"], source, shared_tokens(known, target), drawn)
+        taken |= started_decoder(config.decoder, tower["encoder"], source, shared_tokens(known, target), drawn)
     if config.head.template:
         if "discriminator" not in params or "head" not in tower:
             raise UserError(f"init_from {config.init_from}: has no discriminator's head, which head.template asks")
@@ -332,7 +332,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     lengths = rows.train.rows.lengths
 
     def initial(drawn: Params) -> Params:
-        return initial_params(config, task, rows.head, tokenizer, drawn, mesh)
+        return initial_params(config, rows.head, tokenizer, drawn, mesh)
 
     run = assemble(
         config,

@@ -20,7 +20,6 @@ from electrax.experiment.run import holds_run
 from electrax.experiment.start import same_shapes, taken_embeddings
 from electrax.models.sizes import discriminator_shape
 from electrax.tasks.base import Params
-from electrax.tasks.rewrite import RewriteTask
 from electrax.training.processes import agreed
 
 TARGET_FOLDER = "target"  # in the work directory: the tokenizer of a target with a vocabulary of its own
@@ -107,23 +106,23 @@ def decoder_fields(config: FinetuneConfig, vocab_size: int, head: dict[str, Any]
 
 
 def started_decoder(
-    task: RewriteTask, encoder: Params, embeddings: Params, tokens: tuple[list[int], list[int]], drawn: Params
+    config: DecoderConfig, encoder: Params, embeddings: Params, tokens: tuple[list[int], list[int]], drawn: Params
 ) -> Params:
     """The parts of the drawn weights that the pretrained ones replace: the decoder's layers by the encoder's, evenly
     chosen where they are fewer, with drawn attention to the source; and the rows of the tokens that a vocabulary of
     the target's own has in common (`tokens`: their ids there and here)."""
     taken: Params = {}
-    if task.weights == "encoder":
+    if config.weights == "encoder":
         taken["decoder"] = dict(drawn["decoder"])
-        count = sum(name.startswith("layer_") for name in encoder)
+        there, here = (sum(name.startswith("layer_") for name in part) for part in (encoder, drawn["decoder"]))
         for name, part in drawn["decoder"].items():
             if name.startswith("layer_"):
                 number = int(name.removeprefix("layer_"))
-                name_there = f"layer_{number * count // task.decoder.layers}"
+                name_there = f"layer_{number * there // here}"
             else:
                 name_there = name
             taken["decoder"][name] = {**part, **{key: leaf for key, leaf in encoder[name_there].items() if key in part}}
-    if task.own_vocabulary:
+    if "target_embeddings" in drawn:
         own = drawn["target_embeddings"]
         if same_shapes({**embeddings, "word": 0, "position": 0}, {**own, "word": 0, "position": 0}):
             taken["target_embeddings"] = taken_embeddings(jax.tree.map(np.asarray, embeddings), own, *tokens)
