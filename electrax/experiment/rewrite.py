@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from electrax.config import UserError
@@ -121,7 +122,8 @@ def started_decoder(
                 name_there = f"layer_{number * there // here}"
             else:
                 name_there = name
-            taken["decoder"][name] = {**part, **{key: leaf for key, leaf in encoder[name_there].items() if key in part}}
+            copies = {key: jax.tree.map(jnp.copy, leaf) for key, leaf in encoder[name_there].items() if key in part}
+            taken["decoder"][name] = {**part, **copies}  # a buffer that is there twice could not be given away
     if "target_embeddings" in drawn:
         own = drawn["target_embeddings"]
         if same_shapes({**embeddings, "word": 0, "position": 0}, {**own, "word": 0, "position": 0}):
