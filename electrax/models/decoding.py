@@ -125,12 +125,14 @@ def beam_search(
     beams: int,
     n_best: int = 1,
     length_penalty: float = 1.0,
+    exact: bool = False,
 ) -> Decoded:
     """The `n_best` best of `beams` continuations of each row [B, n_best, T], the best first.
 
     A continuation ends with `end_id` or has `length` tokens. Its score is its log-probability divided by
     ((5 + tokens) / 6) ** length_penalty (Wu et al. 2016, section 7). The rows of `cache` are those of `first` times
-    `beams`, the beams of a row together. A row is done when no live beam can come among its `n_best` any more.
+    `beams`, the beams of a row together. A row is done when none of its live beams would come among its `n_best` if it
+    ended now; where `exact`, when none could, however many likely tokens followed, which takes most of `length`.
     """
     rows = first.shape[0]
 
@@ -140,7 +142,8 @@ def beam_search(
     def unfinished(carry):
         i, live, best = carry[0], carry[4], carry[6]
         # a live beam only gets less likely; its score is highest with the largest divisor it can still get
-        most = normalised(jnp.max(live, axis=1), jnp.float32(length if length_penalty > 0 else i + 1))
+        tokens = jnp.float32(length) if exact and length_penalty > 0 else (i + 1).astype(jnp.float32)
+        most = normalised(jnp.max(live, axis=1), tokens)
         return (i < length) & ~jnp.all(best[:, n_best - 1] >= most)
 
     def body(carry):

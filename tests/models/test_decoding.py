@@ -51,7 +51,7 @@ def test_a_beam_wide_enough_finds_the_best_of_all_continuations(penalty):
     first = np.array([2, 3, 2], np.int32)
     search = jax.jit(
         lambda first, cache: beam_search(
-            step_of(table), cache, first, LENGTH, END, FILL, beams=beams, n_best=5, length_penalty=penalty
+            step_of(table), cache, first, LENGTH, END, FILL, beams=beams, n_best=5, length_penalty=penalty, exact=True
         )
     )
     found = search(first, jnp.repeat(jnp.arange(3), beams))
@@ -87,13 +87,27 @@ def test_a_narrow_beam_is_that_of_a_plain_loop(seed):
     table = bigrams(seed)
     first = np.array([2, 3, 2], np.int32)
     search = jax.jit(
-        lambda first, cache: beam_search(step_of(table), cache, first, LENGTH, END, FILL, beams=2, length_penalty=0.6)
+        lambda first, cache: beam_search(
+            step_of(table), cache, first, LENGTH, END, FILL, beams=2, length_penalty=0.6, exact=True
+        )
     )
     found = search(first, jnp.repeat(jnp.arange(3), 2))
     for row in range(3):
         score, tokens = plain_beam_search(table[row], first[row], 2, 0.6)
         assert tuple(found.ids[row, 0, : found.lengths[row, 0]].tolist()) == tokens
         np.testing.assert_allclose(found.scores[row, 0], score, rtol=1e-5)
+
+
+def test_a_search_ends_when_no_live_beam_would_be_among_the_best_by_ending_now():
+    """The end is likely at once; what follows another token is certain, so that a long continuation wins in the end."""
+    table = np.full((1, LENGTH, VOCABULARY, VOCABULARY), -30.0, np.float32)
+    table[0, 0, 2] = np.log([1e-9, 0.6, 1e-9, 0.4 - 2e-9])
+    table[0, 1:, :, 3] = 0.0
+    search = lambda exact: beam_search(  # noqa: E731
+        step_of(table), jnp.zeros(2, int), jnp.array([2]), LENGTH, END, FILL, beams=2, length_penalty=2.0, exact=exact
+    )
+    assert search(False).ids[0, 0].tolist() == [END, FILL, FILL, FILL]  # log .6 against (log .4) / (7/6)^2
+    assert search(True).ids[0, 0].tolist() == [3, 3, 3, 3]  # (log .4) / 1.5^2
 
 
 def test_greedy_decoding_takes_the_likeliest_token_until_the_end():
