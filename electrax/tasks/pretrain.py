@@ -364,7 +364,7 @@ class PretrainTask:
         found = []
         if figures["masked_accuracy"] < 1.2 * figures["unigram_accuracy"]:
             found.append(
-                f"the generator is at unigram level: it names {figures['masked_accuracy']:.1%} of the masked-out "
+                f"the generator is at unigram level: it names {figures['masked_accuracy']:.1%} of the hidden "
                 f"tokens, always guessing the most frequent one {figures['unigram_accuracy']:.1%}"
             )
         if self.detects and (figures["rtd_auc"] < 0.55 or not figures["rtd_recall"] > 0):

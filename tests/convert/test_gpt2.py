@@ -1,6 +1,7 @@
 """GPT-2 of Transformers as a causal LM, and as the generator of a discriminator."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -178,12 +179,32 @@ def test_gpt2_is_the_generator_of_a_discriminator_over_its_vocabulary(ours, run)
     assert params["embeddings"]["word"].shape[1] == 8
 
 
-def test_a_step_trains_it_and_the_directory_alone_describes_it(run):
+def test_a_step_trains_it_and_the_directory_alone_describes_it(ours, run):
     list(run.train())
     run.checkpoints.close()
+    folder = pathlib.Path(run.config.workdir).parent
+    assert pretrain.set_up(config_with(ours, folder)).start == 1  # the same command again goes on
     model = electrax.load(run.config.workdir)
     assert (model.generator.body, model.generator.layers, model.discriminator.body) == ("gpt2", 2, "electra")
     assert len(model.detect("the cat")) == 2
+
+
+def test_gpt2_itself_is_trained_on_from_its_weights(ours, tmp_path):
+    shape = {"layers": 2, "width": 16, "heads": 2, "feed_forward": 24, "embedding_width": 16, "max_length": 24}
+    made = pretrain.set_up(
+        config_with(
+            ours,
+            tmp_path,
+            init_from=str(ours),
+            model={"size": "tiny", "body": "gpt2", **shape},
+            generator={"kind": "causal"},
+            objective={"kind": "mlm"},
+        )
+    )
+    found, before, size = jax.device_get(made.state.params), electrax.load(ours).params, made.tokenizer.vocab_size
+    assert set(found) == {"embeddings", "generator"}
+    assert np.array_equal(found["embeddings"]["word"][:size], before["embeddings"]["word"][:size])
+    jax.tree.map(np.testing.assert_array_equal, found["generator"]["encoder"], before["generator"]["encoder"])
 
 
 @pytest.mark.parametrize(
