@@ -150,7 +150,7 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
 
     for launched in re.findall(r"electrax (pretrain [^\"\n]*)", "".join(blocks("console"))):
         command, *rest = shlex.split(launched)
-        if "--coordinator" not in rest:
+        if "--coordinator" not in rest and "runs/gpt2" not in rest:  # which is fetched
             assert run([command, *rest, *options(command, rest)]) == 0
     assert launch_together(folder) == [0, 0]
 
