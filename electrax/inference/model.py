@@ -200,6 +200,18 @@ class PretrainedModel:
         """Of a text with its end, a token; `stride` as in CausalModel.likelihood."""
         return self.causal("perplexity").likelihood(text, stride).perplexity
 
+    def rank(self, texts: Sequence[str], by: str = "originality") -> list[tuple[str, float]]:
+        """The texts with their scores, the best first, `by` originality, pseudo_log_likelihood or perplexity."""
+        match by:
+            case "originality" | "pseudo_log_likelihood":
+                scores = getattr(self, by)(texts).tolist()
+            case "perplexity":
+                scores = [self.perplexity(text) for text in texts]
+            case _:
+                raise UserError(f"rank: by originality, pseudo_log_likelihood or perplexity, not {by!r}")
+        order = sorted(range(len(texts)), key=lambda n: scores[n] if by == "perplexity" else -scores[n])
+        return [(texts[n], scores[n]) for n in order]
+
     def fill(self, text: str, candidates: int = 5) -> list[list[Candidate]]:
         """For each mask token in the text (its name in the vocabulary, as "[MASK]"), the likeliest tokens."""
         self._check_fills("fill")

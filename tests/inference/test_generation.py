@@ -162,5 +162,10 @@ def test_pseudo_log_likelihood_sums_each_tokens_log_probability_masked_out_alone
             )
             total += float(jax.nn.log_softmax(logits[0, place])[ids[place]])
         np.testing.assert_allclose(found, total, rtol=1e-4)
+    expected = model.pseudo_log_likelihood(texts)
+    ranked = model.rank(texts, by="pseudo_log_likelihood")
+    assert [text for text, _ in ranked] == [texts[n] for n in np.argsort(-expected)]
+    with pytest.raises(UserError, match="rank: by originality"):
+        model.rank(texts, by="taste")
     with pytest.raises(UserError, match="text 1 is empty"):
         model.pseudo_log_likelihood(["the", ""])
