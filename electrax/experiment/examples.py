@@ -9,7 +9,7 @@ import numpy as np
 
 from electrax.config import UserError
 from electrax.data.conll import read_conll, read_conllu
-from electrax.data.examples import BadRows, Example, QuestionExample, TaggedExample, TextExample
+from electrax.data.examples import BadRows, Example, QuestionExample, TaggedExample, TextExample, check_labels
 from electrax.data.glue import GLUE, read_glue
 from electrax.data.parallel import read_parallel
 from electrax.data.squad import read_mrqa, read_squad
@@ -86,11 +86,12 @@ def read_examples(
     if not train:
         return [], dev, bad
     chosen = np.random.default_rng(0).permutation(len(rows))[: config.limit or None]
-    return [rows[i] for i in sorted(chosen)] + _augmented(config, len(chosen), bad), dev, bad
+    train_rows = [rows[i] for i in sorted(chosen)]
+    return train_rows + _augmented(config, train_rows, kind, bad), dev, bad
 
 
-def _augmented(config: ExamplesConfig, rows: int, bad: BadRows) -> list[Example]:
-    """Rows that a generator made, drawn evenly."""
+def _augmented(config: ExamplesConfig, rows: list[Example], kind: str, bad: BadRows) -> list[Example]:
+    """Rows that a generator made of `rows`, drawn evenly. They bring no label of their own."""
     if not config.augment:
         return []
     if config.format not in ("table", "glue"):
@@ -98,7 +99,9 @@ def _augmented(config: ExamplesConfig, rows: int, bad: BadRows) -> list[Example]
     is_glue = config.format == "glue"
     text, label = (GLUE[config.glue].texts, "label") if is_glue else (config.text, config.label)
     made = read_table(config.augment, text, label, bad, config.label_separator)
-    chosen = np.random.default_rng(0).permutation(len(made))[: round(config.augment_rate * rows)]
+    if kind not in ("number", "text"):
+        made = check_labels(made, sorted({label for row in rows for label in _labels_of(row)}), bad)
+    chosen = np.random.default_rng(0).permutation(len(made))[: round(config.augment_rate * len(rows))]
     return [made[i] for i in sorted(chosen)]
 
 

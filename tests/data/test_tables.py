@@ -195,7 +195,7 @@ def test_json_labels_may_be_numbers_and_lists(write, label, expected):
         ("[1]", "JSON", r"expected a JSON object, found \[1\]"),
         ('{"txt": "a", "label": 1}', "missing column", r"no column 'text'; did you mean 'txt'\? its columns are"),
         ('{"text": 3, "label": 1}', "not text", "expected text in column 'text', found 3"),
-        ('{"text": ["a"], "label": 1}', "not text", r"found \['a'\]"),
+        ('{"text": ["a", 1], "label": 1}', "not text", r"found \['a', 1\]"),
         ('{"text": null, "label": 1}', "empty text", "expected text in column 'text', found none"),
         ('{"text": "\\ud800", "label": 1}', "encoding", "found half a surrogate pair"),
         ('{"text": "\\u0000", "label": 1}', "NUL byte", "found a NUL character"),
