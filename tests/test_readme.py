@@ -14,6 +14,7 @@ import pytest
 
 from electrax.cli import run
 from tests.fixtures.finetuning import write
+from tests.fixtures.gpt2 import make_gpt2
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 # the README's runs at their own size would take hours; everything else of the command stays as it stands there
@@ -148,9 +149,11 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
     assert "held-out rows after step 2" in out
     assert "accuracy of 2 seeds" in out
 
+    make_gpt2(folder / "hub" / "gpt2")  # in the place of the one that the README fetches
+    assert run(["convert", "hub/gpt2", "runs/gpt2"]) == 0
     for launched in re.findall(r"electrax (pretrain [^\"\n]*)", "".join(blocks("console"))):
         command, *rest = shlex.split(launched)
-        if "--coordinator" not in rest and "runs/gpt2" not in rest:  # which is fetched
+        if "--coordinator" not in rest:
             assert run([command, *rest, *options(command, rest)]) == 0
     assert launch_together(folder) == [0, 0]
 

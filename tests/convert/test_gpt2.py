@@ -19,43 +19,16 @@ from electrax.models.encoder import Embeddings
 from electrax.models.generator import Generator
 from electrax.models.masks import padding_mask
 from tests.fixtures.finetuning import TEXT, call
+from tests.fixtures.gpt2 import make_gpt2
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-END = "<|endoftext|>"
 PHRASES = ["the cat", " sat on  the mat.", "\nNo one, it's said, was there [MASK]!", "naïve 猫 x10"]
-
-
-def make_tokenizer(folder):
-    """A byte-level BPE like GPT-2's, whose only special token is the last one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made.train_from_iterator(TEXT.splitlines(), trainers.BpeTrainer(vocab_size=299, initial_alphabet=alphabet))
-    made.add_special_tokens([END])
-    made.save(str(folder / "tokenizer.json"))
-    return made
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """(folder, the model with weights so large that the outputs differ, its tokenizer)."""
+    """Its folder, and its tokenizer."""
     folder = tmp_path_factory.mktemp("gpt2")
-    tokenizer = make_tokenizer(folder)
-    torch.manual_seed(7)
-    config = transformers.GPT2Config(
-        vocab_size=tokenizer.get_vocab_size(), n_positions=24, n_embd=16, n_layer=2, n_head=2, n_inner=24,
-        bos_token_id=tokenizer.token_to_id(END), eos_token_id=tokenizer.token_to_id(END),
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
-    return folder, model, tokenizer
+    return folder, make_gpt2(folder)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +50,9 @@ def next_logits(model, ids):
 
 
 def test_logits_are_those_of_transformers_and_added_tokens_have_those_of_the_end_of_a_text(theirs, ours):
-    _, model, tokenizer = theirs
-    size = tokenizer.get_vocab_size()
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel.from_pretrained(theirs[0]).eval()
+    size = theirs[1].get_vocab_size()
     ids = np.random.RandomState(0).randint(0, size, (3, 20))
     with torch.inference_mode():
         expected = model(torch.tensor(ids)).logits.numpy()[:, :-1]
@@ -106,12 +80,12 @@ def test_the_names_of_the_first_checkpoints_and_tied_or_constant_tensors_are_rea
 
 
 def test_text_is_encoded_as_before_and_the_special_tokens_stand_behind_the_vocabulary(theirs, ours):
-    model, size = electrax.load(ours), theirs[2].get_vocab_size()
+    model, size = electrax.load(ours), theirs[1].get_vocab_size()
     special = model.tokenizer.special_ids
     assert special == {"pad": size, "unk": size + 1, "cls": size + 2, "sep": size + 3, "mask": size + 4}
     assert model.tokenizer.vocab_size == size + 5
     for text in PHRASES:
-        ids = theirs[2].encode(text).ids
+        ids = theirs[1].encode(text).ids
         assert model.tokenizer.encode(text)[0] == model.tokenizer.encode_batch([text])[0] == ids
         assert model.tokenizer.decode(ids) == text.removeprefix(" ")
 
