@@ -20,7 +20,20 @@ SHOWN = {
     "accuracy": "accuracy",
 }
 SHOWN_HELD_OUT = {**SHOWN, "rtd_auc": "rtd auc"} | {
-    name: name for name in ("f1", "matthews", "pearson", "spearman", "exact", "micro_f1")
+    name: name
+    for name in (
+        "f1",
+        "matthews",
+        "pearson",
+        "spearman",
+        "exact",
+        "micro_f1",
+        "bleu",
+        "chrf",
+        "rouge1",
+        "rouge2",
+        "rougeL",
+    )
 }
 
 
