@@ -1,7 +1,6 @@
 """A fine-tuning run: its config, the weights it starts from, its rows, its objective."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -15,13 +14,20 @@ from electrax.config import UserError
 from electrax.data.examples import BadRows, Example
 from electrax.data.glue import GLUE
 from electrax.data.outside import read_object
-from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, PretrainConfig, finished, read_config
 from electrax.experiment.examples import read_examples, targets_of, texts_of
 from electrax.experiment.foreign import as_workdir
+from electrax.experiment.head import keep_head, read_head, takes_head
 from electrax.experiment.plan import Plan, plan_mesh, plan_run
-from electrax.experiment.rewrite import decoder_fields, rewrite_rows, started_decoder, target_tokenizer
+from electrax.experiment.rewrite import (
+    decoder_fields,
+    keep_target,
+    kept_target,
+    rewrite_rows,
+    started_decoder,
+    target_tokenizer,
+)
 from electrax.experiment.rows import TaskRows, answer_rows, classify_rows, tag_rows, template_words
 from electrax.experiment.run import (
     HEAD_FILE,
@@ -93,10 +99,16 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def initial_params(
-    config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokenizer, drawn: Params, mesh: Mesh
+    config: FinetuneConfig,
+    head: dict[str, Any],
+    tokenizer: Tokenizer,
+    drawn: Params,
+    mesh: Mesh,
+    target: Tokenizer | None = None,
 ) -> Params:
     """The drawn weights with those of `init_from` in their place: embeddings and encoder, and the head where that run
-    had the same task and outputs. Of another vocabulary or more positions what is new stays as it is drawn."""
+    had the same task and outputs; otherwise a decoder starts as the encoder. Of another vocabulary or more positions
+    what is new stays as it is drawn."""
     start = start_of(config.init_from)
     is_finetuned = (start / HEAD_FILE).is_file()
     params = (trained if is_finetuned else load_params)(start, mesh)[1]
@@ -106,9 +118,8 @@ def initial_params(
         kept = jax.tree.map(np.asarray, embeddings)
         embeddings = taken_embeddings(kept, drawn["embeddings"], *shared_tokens(known, tokenizer))
     taken = {"embeddings": embeddings, "discriminator": {"encoder": tower["encoder"]}}
-    if config.task == "rewrite" and not is_finetuned:
+    if config.task == "rewrite" and target and not takes_head(start, head):
         source = jax.tree.map(np.asarray, params["embeddings"])
-        target = target_tokenizer(config, tokenizer, ())
         taken |= started_decoder(config.decoder, tower["encoder"], source, shared_tokens(known, target), drawn)
     if config.head.template:
         if "discriminator" not in params or "head" not in tower:
@@ -223,49 +234,9 @@ def _make_task(
             return RewriteTask(
                 **common,
                 **decoder_fields(config, tokenizer.vocab_size, head),
-                tokenizer=rows and target_tokenizer(config, tokenizer, ()),
+                tokenizer=rows and rows.target,
                 references=rows.references if rows else (),
             )
-
-
-def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
-    """What `head.json` says of a fine-tuned model's outputs."""
-    path = pathlib.Path(workdir) / HEAD_FILE
-    try:
-        head = read_object(path, task=str, kind=str, style=str, metric=str, classes=list, rows=str)
-        own = {
-            "classify": {"scale": (int, float)},
-            "answer": {"null_threshold": (int, float)},
-            "rewrite": {"target": dict},
-        }
-        read_object(path, **own.get(head["task"], {}))
-    except UserError as error:
-        raise UserError(f"{path}: missing or damaged; expected the work directory of a fine-tuning ({error})") from None
-    task = read_config(workdir).task
-    names = [*head["classes"], *([head["scheme"]] if head.get("scheme") else [])]
-    if head["task"] != task or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: damaged; expected what the outputs of the task {task} mean")
-    return head
-
-
-def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
-    """Writes head.json. Raises UserError where checkpoints are kept of a run on other rows."""
-    workdir = pathlib.Path(config.workdir)
-    if holds_run(workdir) and read_head(workdir)["rows"] != head["rows"]:
-        raise UserError(
-            f"{workdir / HEAD_FILE} holds a run on other rows than those of {config.data.path}; take another workdir"
-        )
-    write_atomically(workdir / HEAD_FILE, json.dumps(head, indent=1) + "\n")
-
-
-def keep_threshold(workdir: str | os.PathLike, threshold: float) -> None:
-    """Stores the null threshold that was best on the dev questions with the model."""
-    head = read_head(workdir) | {"null_threshold": threshold}
-    agreed(write_atomically, pathlib.Path(workdir) / HEAD_FILE, json.dumps(head, indent=1) + "\n")
-
-
-def same_outputs(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return all(a[key] == b[key] for key in ("task", "kind", "style", "classes"))
 
 
 def make_rows(
@@ -289,7 +260,11 @@ def make_rows(
                 threshold = known["null_threshold"] if known else NULL_THRESHOLDS[style]
             rows = answer_rows(data, threshold, tokenizer, *examples, size)
         case "rewrite":
-            target, style = target_tokenizer(config, tokenizer, examples[0]), "linear"
+            style = "linear"
+            if known:
+                target = kept_target(finished(config.workdir), config, tokenizer)
+            else:
+                target = target_tokenizer(config, tokenizer, examples[0])
             rows = rewrite_rows(data, config.decoder, tokenizer, target, *examples, size)
     head = {"task": config.task, "kind": _kind(config), "style": style, **rows.head}
     if rows.dev is None or (rows.train is None and not known):
@@ -325,6 +300,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
         config, tokenizer, rows, task = check(config)
     keep_config(config, tokenizer, config.init_from or "data.tokenizer")
     agreed(keep_head, config, rows.head)
+    agreed(keep_target, config, rows.target)
     epoch = rows.train.buckets.batches
     steps = config.steps or max(1, int(epoch * config.epochs))
     eval_every = config.eval.every or min(epoch, steps)
@@ -332,7 +308,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     lengths = rows.train.rows.lengths
 
     def initial(drawn: Params) -> Params:
-        return initial_params(config, rows.head, tokenizer, drawn, mesh)
+        return initial_params(config, rows.head, tokenizer, drawn, mesh, rows.target)
 
     run = assemble(
         config,
@@ -371,11 +347,6 @@ def _start_notes(config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokeni
     return notes
 
 
-def takes_head(start: pathlib.Path, head: dict[str, Any]) -> bool:
-    """Whether a run starts with the head of the fine-tuning it takes its weights from."""
-    return (start / HEAD_FILE).is_file() and same_outputs(read_head(start), head)
-
-
 # -- afterwards --------------------------------------------------------------------------------------------------------
 
 
@@ -405,8 +376,7 @@ def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader | Rewriter
         case "answer":
             return Reader(params, tokenizer, task, data.max_length, data.doc_stride, data.max_query)
         case "rewrite":
-            target = target_tokenizer(config, tokenizer, ())
-            return Rewriter(params, tokenizer, target, task, data.max_length)
+            return Rewriter(params, tokenizer, kept_target(workdir, config, tokenizer), task, data.max_length)
 
 
 def text_columns(workdir: str | os.PathLike) -> tuple[str, ...]:

@@ -27,24 +27,39 @@ TARGET_FOLDER = "target"  # in the work directory: the tokenizer of a target wit
 
 
 def target_tokenizer(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[TextExample]) -> Tokenizer:
-    """The source's, or where `decoder.tokenizer` names one, that, which is trained on the training targets if it is no
-    path; kept in the work directory from the first run on."""
+    """That of a run's targets: the source's, or where `decoder.tokenizer` names one, that; what is no path is trained
+    on the training targets, unless the run is there already."""
     wanted, folder = config.decoder.tokenizer, pathlib.Path(config.workdir) / TARGET_FOLDER
     if not wanted:
         return tokenizer
     if pathlib.Path(wanted).exists():
         return Tokenizer.load(wanted, config.data.lowercase)
-    if examples and not holds_run(config.workdir):
-        agreed(_train, config, folder, examples)
+    if holds_run(config.workdir):
+        return Tokenizer.load(folder)
+
+    def train() -> Tokenizer:
+        return Tokenizer.train(wanted, targets_of(examples), config.decoder.vocab_size, config.data.lowercase)
+
+    if jax.process_count() == 1:
+        return train()
+    agreed(lambda: str(_save(train(), folder)))  # trained in one process: training it twice may give two vocabularies
     return Tokenizer.load(folder)
 
 
-def _train(config: FinetuneConfig, folder: pathlib.Path, examples: Sequence[TextExample]) -> None:
-    trained = Tokenizer.train(
-        config.decoder.tokenizer, targets_of(examples), config.decoder.vocab_size, config.data.lowercase
-    )
+def kept_target(workdir: pathlib.Path, config: FinetuneConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The one that is kept with a trained model, or the source's, where both are one."""
+    return Tokenizer.load(workdir / TARGET_FOLDER) if config.decoder.tokenizer else tokenizer
+
+
+def keep_target(config: FinetuneConfig, target: Tokenizer | None) -> None:
+    """Saves a target's own tokenizer in the work directory."""
+    if target is not None and config.decoder.tokenizer:
+        _save(target, pathlib.Path(config.workdir) / TARGET_FOLDER)
+
+
+def _save(tokenizer: Tokenizer, folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    trained.save(folder)
+    return tokenizer.save(folder)
 
 
 def rewrite_rows(
@@ -76,9 +91,10 @@ def rewrite_rows(
         pads = tokenizer.pad_id, target.pad_id
         batches[name] = PairBatches.of(sources, targets, batch_size, pads, config.shapes)
     ids = {"vocab_size": target.vocab_size, "cls": target.cls_id, "sep": target.sep_id, "pad": target.pad_id}
+    ids |= {"tokenizer": target.sha256, "layers": decoder.layers, "weights": decoder.weights}
     head = {"classes": [], "metric": "bleu", "target": ids}
     notes = notes_of(bad, cut, config.max_length, decoder.max_length + 1)
-    return TaskRows(**batches, head=head, notes=notes, references=[references(e) for e in dev])
+    return TaskRows(**batches, head=head, notes=notes, references=[references(e) for e in dev], target=target)
 
 
 def decoder_fields(config: FinetuneConfig, vocab_size: int, head: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class TaskRows:
     notes: tuple[str, ...]
     windows: Windows | None = None  # those of dev
     references: Sequence[tuple[str, ...]] = ()  # what the texts of dev may become
+    target: Tokenizer | None = None  # of what they become
 
 
 # -- classification ----------------------------------------------------------------------------------------------------

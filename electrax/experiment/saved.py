@@ -19,6 +19,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.experiment import finetune, pretrain
 from electrax.experiment.config import FinetuneConfig, PretrainConfig, finished, read_config
 from electrax.experiment.foreign import REPORT_FILE, ConvertConfig, as_workdir, convert_foreign
+from electrax.experiment.head import read_head
 from electrax.experiment.rewrite import TARGET_FOLDER
 from electrax.experiment.run import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, load_params
 from electrax.inference.classifier import Classifier
@@ -85,7 +86,7 @@ def to_model(workdir: pathlib.Path) -> tuple[Model, Tokenizer]:
     config = read_config(workdir)
     if isinstance(config, FinetuneConfig):
         workdir = finished(workdir)
-        config, tokenizer, head = read_config(workdir), Tokenizer.load(workdir), finetune.read_head(workdir)
+        config, tokenizer, head = read_config(workdir), Tokenizer.load(workdir), read_head(workdir)
         task = finetune.make_task(config, tokenizer, head, None)
         if config.task == "rewrite":
             raise UserError(f"{workdir}: a model of the task rewrite has no counterpart in Transformers")
@@ -141,7 +142,7 @@ def _export_workdir(workdir: pathlib.Path, out: pathlib.Path, dtype: str) -> pat
         workdir = finished(workdir)
         config = read_config(workdir)
     params = (finetune.trained if is_finetuned else load_params)(workdir)[1]
-    tokenizer, head = Tokenizer.load(workdir), finetune.read_head(workdir) if is_finetuned else None
+    tokenizer, head = Tokenizer.load(workdir), read_head(workdir) if is_finetuned else None
     with new_directory(out) as directory:
         tokenizer.save(directory)
         if (workdir / TARGET_FOLDER).is_dir():

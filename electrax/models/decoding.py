@@ -125,55 +125,56 @@ def beam_search(
     beams: int,
     n_best: int = 1,
     length_penalty: float = 1.0,
-    exact: bool = False,
 ) -> Decoded:
     """The `n_best` best of `beams` continuations of each row [B, n_best, T], the best first.
 
     A continuation ends with `end_id` or has `length` tokens. Its score is its log-probability divided by
     ((5 + tokens) / 6) ** length_penalty (Wu et al. 2016, section 7). The rows of `cache` are those of `first` times
-    `beams`, the beams of a row together. A row is done when none of its live beams would come among its `n_best` if it
-    ended now; where `exact`, when none could, however many likely tokens followed, which takes most of `length`.
+    `beams`, the beams of a row together. A row is done, whatever is beside it, when none of its live beams would come
+    among its `n_best` if it ended now.
     """
     rows = first.shape[0]
 
     def normalised(scores, tokens):
-        return scores / ((5.0 + tokens) / 6.0) ** length_penalty
-
-    def unfinished(carry):
-        i, live, best = carry[0], carry[4], carry[6]
-        # a live beam only gets less likely; its score is highest with the largest divisor it can still get
-        tokens = jnp.float32(length) if exact and length_penalty > 0 else (i + 1).astype(jnp.float32)
-        most = normalised(jnp.max(live, axis=1), tokens)
-        return (i < length) & ~jnp.all(best[:, n_best - 1] >= most)
+        return scores / ((5.0 + tokens.astype(jnp.float32)) / 6.0) ** length_penalty
 
     def body(carry):
-        i, cache, token, ids, live, kept, best = carry
+        i, cache, token, ids, live, kept, best, done = carry
         logits, cache = step(cache, token.reshape(-1), i)
-        vocabulary = logits.shape[-1]
-        each = min(2 * beams, vocabulary)  # of a beam; one of them at most is its end
-        likeliest, tokens = jax.lax.top_k(logits, each)
-        gain = likeliest - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        scores = (live[:, :, None] + gain.reshape(rows, beams, each)).reshape(rows, -1)
-        scores, places = jax.lax.top_k(scores, min(2 * beams, beams * each))
-        parents = places // each
-        tokens = jnp.take_along_axis(tokens.reshape(rows, -1), places, axis=1).astype(jnp.int32)
+        scores, parents, tokens = _likeliest(logits, live)
         longer = jnp.take_along_axis(ids, parents[:, :, None], axis=1)
         longer = jax.lax.dynamic_update_slice_in_dim(longer, tokens[:, :, None], i, axis=2)
         over = (tokens == end_id) | (i + 1 == length)
-        ended = jnp.where(over & (scores > LOWEST), normalised(scores, (i + 1).astype(jnp.float32)), LOWEST)
+        counts = over & (scores > LOWEST) & ~done[:, None]
+        ended = jnp.where(counts, normalised(scores, i + 1), LOWEST)
         best, order = jax.lax.top_k(jnp.concatenate([best, ended], axis=1), beams)
         kept = jnp.take_along_axis(jnp.concatenate([kept, longer], axis=1), order[:, :, None], axis=1)
         live, order = jax.lax.top_k(jnp.where(over, LOWEST, scores), beams)
         parents = jnp.take_along_axis(parents, order, axis=1)
         flat = (jnp.arange(rows)[:, None] * beams + parents).reshape(-1)
         cache = jax.tree.map(lambda leaf: leaf[flat], cache)
-        ids = jnp.take_along_axis(longer, order[:, :, None], axis=1)
-        return i + 1, cache, jnp.take_along_axis(tokens, order, axis=1), ids, live, kept, best
+        ids, token = jnp.take_along_axis(longer, order[:, :, None], axis=1), jnp.take_along_axis(tokens, order, axis=1)
+        done |= (best[:, n_best - 1] >= normalised(live[:, 0], i + 2)) | (i + 1 == length)
+        return i + 1, cache, token, ids, live, kept, best, done
 
     ids = jnp.full((rows, beams, length), fill_id, jnp.int32)
     live = jnp.full((rows, beams), LOWEST).at[:, 0].set(0.0)  # all beams start as one
     token = jnp.broadcast_to(first[:, None], (rows, beams))
-    carry = (jnp.int32(0), cache, token, ids, live, ids, jnp.full((rows, beams), LOWEST))
-    *_, kept, best = jax.lax.while_loop(unfinished, body, carry)
+    carry = (jnp.int32(0), cache, token, ids, live, ids, jnp.full((rows, beams), LOWEST), jnp.zeros(rows, bool))
+    *_, kept, best, _ = jax.lax.while_loop(lambda carry: ~jnp.all(carry[-1]), body, carry)
     kept, best = kept[:, :n_best], best[:, :n_best]
     return Decoded(kept, _lengths(kept, end_id), best)
+
+
+def _likeliest(
+    logits: Float[Array, "R V"], live: Float[Array, "B K"]
+) -> tuple[Float[Array, "B C"], Int[Array, "B C"], Int[Array, "B C"]]:
+    """Of all that the K live beams of a row can become, the 2 K likeliest: log-probability, beam and token. One token
+    of a beam at most is its end, so that K of them go on."""
+    rows, beams = live.shape
+    each = min(2 * beams, logits.shape[-1])
+    likeliest, tokens = jax.lax.top_k(logits, each)
+    gain = likeliest - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    scores = (live[:, :, None] + gain.reshape(rows, beams, each)).reshape(rows, -1)
+    scores, places = jax.lax.top_k(scores, min(2 * beams, beams * each))
+    return scores, places // each, jnp.take_along_axis(tokens.reshape(rows, -1), places, axis=1).astype(jnp.int32)

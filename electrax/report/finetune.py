@@ -14,7 +14,8 @@ from electrax.config import UserError, to_toml
 from electrax.data.outside import read_object
 from electrax.data.shards import write_atomically
 from electrax.experiment.config import FinetuneConfig, read_config
-from electrax.experiment.finetune import evaluate_trained, keep_threshold, plan, resolve, set_up
+from electrax.experiment.finetune import evaluate_trained, plan, resolve, set_up
+from electrax.experiment.head import keep_threshold
 from electrax.experiment.rows import TaskRows
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run, check_continued, holds_run
 from electrax.report.common import (

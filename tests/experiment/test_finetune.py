@@ -22,10 +22,10 @@ from electrax.experiment.finetune import (
     evaluate_trained,
     get_tokenizer,
     initial_params,
-    read_head,
     resolve,
     set_up,
 )
+from electrax.experiment.head import read_head
 from electrax.experiment.run import load_params, mesh_for
 from electrax.experiment.saved import ConvertConfig, ExportConfig, convert, export
 from electrax.experiment.start import start_of

@@ -6,7 +6,7 @@ import pytest
 
 from electrax.config import UserError, to_toml
 from electrax.experiment.config import FinetuneConfig, finished
-from electrax.experiment.finetune import read_head
+from electrax.experiment.head import read_head
 
 HEAD = {
     "task": "classify",
