@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ import pytest
 import electrax
 from electrax import cli
 from electrax.config import UserError
-from tests.fixtures.finetuning import REVIEWS, call, make_pretrained, params_of, results_of, write, write_rows
+from tests.fixtures.finetuning import (
+    REVIEWS,
+    call,
+    make_pretrained,
+    params_of,
+    results_of,
+    write,
+    write_glue,
+    write_rows,
+)
 
 PAIRS = [
     (f"the {a} {b}", f"{b} {a} it") for a in ("red", "good", "old", "fine") for b in ("cat", "dog", "house", "man")
@@ -37,7 +47,14 @@ def translator(tmp_path_factory):
     """Trained until it knows its sixteen pairs, with a vocabulary for each side."""
     folder = tmp_path_factory.mktemp("translator")
     words = ["--data.path", write_parallel(folder / "data"), "--workdir", folder / "run", *SMALL]
-    words += ["--steps=150", "--eval.every=150", "--optimizer.learning_rate=0.01", "--model.body=modern"]
+    # read every step: eight devices with many steps ahead of them may wait for each other on two busy cores
+    words += [
+        "--steps=150",
+        "--log.every=1",
+        "--eval.every=150",
+        "--optimizer.learning_rate=0.01",
+        "--model.body=modern",
+    ]
     words += ["--model.dropout=0", "--model.attention_dropout=0"]
     config = config_of(folder, tokenizer="bpe", vocab_size=300)
     status, output = call("finetune", config, *words)
@@ -64,6 +81,48 @@ def test_predict_writes_the_outputs_in_order_and_as_many_as_are_wanted(translato
     assert "line 2" in empty["error"]
     assert [each["text"] for each in first["candidates"]][0] == "man old it"
     assert first["candidates"][0]["score"] > first["candidates"][1]["score"]
+
+
+def test_a_model_that_was_moved_has_both_of_its_vocabularies(translator, tmp_path):
+    shutil.copytree(translator[0], tmp_path / "moved")
+    hidden = translator[0].rename(translator[0].with_name("hidden"))
+    try:
+        assert electrax.load(tmp_path / "moved").rewrite(["the old man"]) == ["man old it"]
+        data = translator[0].parent / "data"
+        assert call("evaluate", tmp_path / "moved", "--data.path", data, "--data.dev", "dev")[0] == 0
+    finally:
+        hidden.rename(translator[0])
+
+
+def test_a_run_goes_on_from_a_translator_whose_outputs_are_the_same_and_from_its_encoder_otherwise(
+    translator, tmp_path
+):
+    workdir, before = translator[0], params_of(translator[0])
+    words = ["--data.path", workdir.parent / "data", "--init_from", workdir, *SMALL[4:], "--steps=1", "--eval.every=1"]
+    words += ["--optimizer.learning_rate=1e-9", "--model.dropout=0"]
+    same = config_of(tmp_path, tokenizer=str(workdir / "target"))
+    assert "the head too is taken from" in call("finetune", same, *words, "--workdir", tmp_path / "same")[1]
+    np.testing.assert_allclose(
+        params_of(tmp_path / "same")["decoder/layer_0/up/kernel"], before["decoder/layer_0/up/kernel"], atol=1e-6
+    )
+    other = config_of(tmp_path, tokenizer="bpe", vocab_size=280)
+    assert "the head of" in call("finetune", other, *words, "--workdir", tmp_path / "other")[1]
+    after = params_of(tmp_path / "other")
+    expected = before["discriminator/encoder/layer_0/up/kernel"]
+    np.testing.assert_allclose(after["decoder/layer_0/up/kernel"], expected, atol=1e-6)
+
+
+def test_predict_takes_a_pretrained_model_as_the_reranker(translator, tmp_path):
+    judge = make_pretrained(tmp_path / "judge")
+    source = write(tmp_path / "in.txt", "the old man\n")
+    words = ["predict", translator[0], source, "--n_best=2", "--reranker", judge]
+    found = json.loads(call(*words)[1])["candidates"]
+    texts = [each["text"] for each in found if each["text"].strip()]
+    scores = electrax.load(judge).originality(texts)
+    np.testing.assert_allclose([each["score"] for each in found][: len(texts)], scores, rtol=1e-4)
+    assert scores.tolist() == sorted(scores, reverse=True)
+    with pytest.raises(UserError, match="expected a pretrained model"):
+        call(*words[:-1], translator[0])
 
 
 def test_a_reranker_puts_the_most_original_output_first(translator):
@@ -205,6 +264,26 @@ def test_fine_tuning_mixes_new_examples_in_at_the_rate_that_is_stated(tmp_path):
     with pytest.raises(UserError, match="new.jsonl, line 1: expected one of the labels"):
         write(tmp_path / "new.jsonl", json.dumps({"text": "a", "label": "maybe"}) + "\n")
         call("finetune", "csv", *words, "--dry_run=true")
+
+
+def test_a_teacher_labels_the_new_rows_of_a_benchmark_where_it_is_sure(tmp_path):
+    generator = make_pretrained(tmp_path / "generator")
+    write_glue(tmp_path / "glue", "sst2")
+    small = ["--init_from", generator, "--data.max_length=16", "--data.shapes=1", "--batch_size=8", "--steps=1"]
+    assert call("finetune", "sst2", "--data.path", tmp_path / "glue", "--workdir", tmp_path / "teacher", *small)[0] == 0
+    words = ["augment", tmp_path / "glue", "--out", tmp_path / "new.jsonl", "--generator", generator]
+    words += ["--data.format=glue", "--data.glue=sst2", "--share=0.5", "--teacher", tmp_path / "teacher"]
+    assert call(*words)[0] == 0
+    made = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    taught = electrax.load(tmp_path / "teacher").predict([row["sentence"] for row in made])
+    assert [row["label"] for row in made] == [row["label"] for row in taught]
+    np.testing.assert_allclose([row["confidence"] for row in made], [row["probability"] for row in taught], rtol=1e-4)
+    limit = float(np.median([row["confidence"] for row in made]))
+    call(*words, f"--min_confidence={limit}")
+    sure = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    assert sure == [row for row in made if row["confidence"] >= limit]
+    mixed = ["--data.augment", tmp_path / "new.jsonl", "--workdir", tmp_path / "mixed", *small]
+    assert f"{8 + len(sure)} training" in call("finetune", "sst2", "--data.path", tmp_path / "glue", *mixed)[1]
 
 
 def test_texts_without_labels_are_continued_into_texts_to_pretrain_on(causal, tmp_path):

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from electrax.config import UserError
 from electrax.data.encoded import encode_pairs
@@ -18,7 +17,7 @@ from electrax.experiment.config import DecoderConfig, FinetuneConfig
 from electrax.experiment.examples import ExamplesConfig, references, targets_of
 from electrax.experiment.rows import TaskRows, notes_of
 from electrax.experiment.run import holds_run
-from electrax.experiment.start import same_shapes, taken_embeddings
+from electrax.experiment.start import taken_embeddings
 from electrax.models.sizes import discriminator_shape
 from electrax.tasks.base import Params
 from electrax.training.processes import agreed
@@ -141,7 +140,5 @@ def started_decoder(
             copies = {key: jax.tree.map(jnp.copy, leaf) for key, leaf in encoder[name_there].items() if key in part}
             taken["decoder"][name] = {**part, **copies}  # a buffer that is there twice could not be given away
     if "target_embeddings" in drawn:
-        own = drawn["target_embeddings"]
-        if same_shapes({**embeddings, "word": 0, "position": 0}, {**own, "word": 0, "position": 0}):
-            taken["target_embeddings"] = taken_embeddings(jax.tree.map(np.asarray, embeddings), own, *tokens)
+        taken["target_embeddings"] = taken_embeddings(embeddings, drawn["target_embeddings"], *tokens)
     return taken

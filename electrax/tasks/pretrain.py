@@ -3,7 +3,7 @@ of what a token's probability in its place is (Electric), or a language model al
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -22,6 +22,7 @@ from electrax.models.sizes import GeneratorKind
 from electrax.tasks import corruption
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 from electrax.tasks.metrics import area_under_curve
+from electrax.tasks.vocabulary import by_rows, is_largest
 
 EPSILON = 1e-6  # the reference adds it to every denominator
 MOST_LOGITS = 2**28  # of a device, held at once: 1 GiB
@@ -245,8 +246,8 @@ class PretrainTask:
                 at_slots, target = jnp.take_along_axis(logits, rows["slots"][..., None], axis=1), rows["ids"]
             found = {
                 "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, target),
-                "is_largest": _is_largest(logits, target),
-                "is_largest_at_slots": _is_largest(at_slots, original),
+                "is_largest": is_largest(logits, target),
+                "is_largest_at_slots": is_largest(at_slots, original),
             }
         if self.detects:
             with jax.named_scope("sampling"):
@@ -299,7 +300,7 @@ class PretrainTask:
         context = self._context(ids)
         rows = {name: prepared[name] for name in ("ids", "slots", "used", "sample_key")}
         rows["state"] = self._generate(params, prepared, context, train)
-        found = _by_rows(lambda some: self._predict(params, some), rows, self.rows_at_once(*rows["state"].shape[:2]))
+        found = by_rows(lambda some: self._predict(params, some), rows, self.rows_at_once(*rows["state"].shape[:2]))
         original = jnp.take_along_axis(ids, prepared["slots"], axis=1)
         weight = prepared["place_weight" if self.predicts_all else "slot_weight"]
         loss = o.generator_weight * jnp.sum(found["cross_entropy"] * weight)
@@ -395,21 +396,3 @@ class PretrainTask:
 def _evenly(counted: Bool[Array, "B L"]) -> Float[Array, "B L"]:
     """Weights that are alike within a row and add up to one in each."""
     return counted / jnp.maximum(1, jnp.sum(counted, axis=1, keepdims=True))
-
-
-def _by_rows(function: Callable[[Batch], Batch], rows: Batch, size: int) -> Batch:
-    """`function` of all rows, taken `size` at a time, and computed again for the gradient where that is not all.
-
-    Chunk j takes every n-th row from the j-th on, so that a batch divided over devices stays where it is.
-    """
-    chunks = jax.tree.leaves(rows)[0].shape[0] // size
-    if chunks == 1:
-        return function(rows)
-    cut = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size, chunks, *x.shape[1:]), 0, 1), rows)
-    found = jax.lax.map(jax.checkpoint(function), cut)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(size * chunks, *x.shape[2:]), found)
-
-
-def _is_largest(logits: Float[Array, "B N V"], token: Int[Array, "B N"]) -> Bool[Array, "B N"]:
-    """Whether no logit is above the token's: as an arg max says, but for ties, at a fraction of its cost on a CPU."""
-    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] >= jnp.max(logits, axis=-1)

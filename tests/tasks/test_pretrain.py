@@ -14,7 +14,16 @@ from electrax.models.masks import document_index, document_mask, document_positi
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
 from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.state import gradients
-from tests.fixtures.weights import random_params
+from tests.fixtures.pretraining import (
+    FAST_COMPILE,
+    evaluate,
+    loss_and_grads,
+    loss_of,
+    means,
+    params_of,
+    places,
+    prepare,
+)
 
 PAD, CLS, SEP, MASK, UNK = 0, 1, 2, 3, 4
 SPECIAL = SpecialIds(PAD, CLS, SEP, MASK)
@@ -23,7 +32,6 @@ TOWER = EncoderConfig(
     vocab_size=VOCABULARY, layers=1, width=16, heads=2, feed_forward=32, embedding_width=12, max_length=LENGTH
 )
 SMALL = dataclasses.replace(TOWER, width=8, heads=1, feed_forward=16)
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # little is computed here and much compiled
 
 
 def make_task(shared=True, faithful=False, layout="packed", **objective):
@@ -45,35 +53,6 @@ def make_rows(rows=4):
 
 IDS = make_rows()
 KEYS = jax.random.split(jax.random.key(3), 4)
-
-
-@functools.cache
-def params_of(task):
-    return random_params(jax.eval_shape(lambda: task.init(jax.random.key(0), {"ids": IDS})))
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def prepare(task, ids, keys):
-    return task.prepare({"ids": ids}, keys)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def evaluate(task, params, prepared):
-    return task.evaluate(params, prepared)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def loss_of(task, params, prepared):
-    return task.loss(params, prepared)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def loss_and_grads(task, params, prepared):
-    return jax.value_and_grad(task.loss, has_aux=True)(params, prepared)
-
-
-def means(metrics):
-    return {name: float(mean.total / mean.weight) for name, mean in metrics.items()}
 
 
 # -- masking ----------------------------------------------------------------------------------------------------------
@@ -172,14 +151,6 @@ def always(task, token, score=None):
         output = {"kernel": jnp.zeros((16, 1)), "bias": jnp.full(1, score)}
         params["discriminator"]["head"] = params["discriminator"]["head"] | {"output": output}
     return params
-
-
-def places(prepared):
-    """Which tokens were chosen, by going over the slots."""
-    chosen = np.zeros(IDS.shape, bool)
-    for row, slot in zip(*np.nonzero(prepared["used"]), strict=True):
-        chosen[row, prepared["slots"][row, slot]] = True
-    return chosen
 
 
 @pytest.mark.parametrize("faithful", [False, True])

@@ -19,7 +19,7 @@ from electrax.models.generator import Generator
 from electrax.models.masks import document_index, document_mask, document_positions
 from electrax.models.sizes import GeneratorConfig
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
-from tests.fixtures.weights import random_params
+from tests.fixtures.pretraining import FAST_COMPILE, evaluate, loss_and_grads, means, params_of, places, prepare
 
 PAD, CLS, SEP, MASK = 0, 1, 2, 3
 LENGTH, VOCABULARY = 12, 50
@@ -27,7 +27,6 @@ TOWER = EncoderConfig(
     vocab_size=VOCABULARY, layers=1, width=16, heads=2, feed_forward=32, embedding_width=12, max_length=LENGTH
 )
 SMALL = dataclasses.replace(TOWER, width=8, heads=1, feed_forward=16)
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # little is computed here and much compiled
 
 # two documents, a [MASK] that may not be chosen, padding: 41 real tokens, 26 of which may be chosen, and 11 are
 IDS = np.random.RandomState(0).randint(5, VOCABULARY, (4, LENGTH)).astype(np.int32)
@@ -41,38 +40,6 @@ def make_task(kind="electric", generator_kind="two_tower"):
     generator = TOWER if generator_kind == "shared" else SMALL
     special, objective = SpecialIds(PAD, CLS, SEP, MASK), ObjectiveConfig(kind=kind, mask_prob=0.3)
     return PretrainTask(objective, TOWER, generator, special, layout="packed", generator_kind=generator_kind)
-
-
-@functools.cache
-def params_of(task):
-    return random_params(jax.eval_shape(lambda: task.init(jax.random.key(0), {"ids": IDS})))
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def prepare(task, ids, keys):
-    return task.prepare({"ids": ids}, keys)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def evaluate(task, params, prepared):
-    return task.evaluate(params, prepared)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def loss_and_grads(task, params, prepared):
-    return jax.value_and_grad(task.loss, has_aux=True)(params, prepared)
-
-
-def means(metrics):
-    return {name: mean.value() for name, mean in metrics.items()}
-
-
-def places(prepared):
-    """Which tokens were chosen, by going over the slots."""
-    chosen = np.zeros(IDS.shape, bool)
-    for row, slot in zip(*np.nonzero(prepared["used"]), strict=True):
-        chosen[row, prepared["slots"][row, slot]] = True
-    return chosen
 
 
 def largest(tree):
