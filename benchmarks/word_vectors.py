@@ -46,10 +46,9 @@ def word_vectors(corpus: Corpus, width: int) -> Float[np.ndarray, "V D"]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
-def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    run = set_up(load(PretrainConfig, sys.argv[1], sys.argv[2:]))
+def start(config: PretrainConfig) -> None:
+    """Saves step 0 of the run. Raises UserError where it has begun already."""
+    run = set_up(config)
     if run.start or 0 in run.checkpoints.steps():
         raise UserError(f"{run.config.workdir}: the run has begun already")
     word = run.state.params["embeddings"]["word"]
@@ -61,6 +60,12 @@ def main() -> None:
     run.checkpoints.save(0, jax.block_until_ready(state))
     run.checkpoints.wait()
     run.checkpoints.close()
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    start(load(PretrainConfig, sys.argv[1], sys.argv[2:]))
 
 
 if __name__ == "__main__":
