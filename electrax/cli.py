@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import logging
 import os
-import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -134,7 +133,7 @@ def use_compilation_cache() -> None:
     could have put a program they are not."""
     import jax
 
-    from electrax.data.encoded import own_cache
+    from electrax.storage import own_cache
 
     if not jax.config.jax_compilation_cache_dir:
         try:
@@ -218,6 +217,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     from electrax.config import load
     from electrax.experiment.config import FinetuneConfig, PretrainConfig, read_config
     from electrax.experiment.run import CONFIG_FILE
+    from electrax.storage import path_of
 
     names, options = _positional(arguments)
     if len(names) != 1:
@@ -227,7 +227,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     kind = type(read_config(names[0]))
     if _help(kind, f"electrax evaluate {names[0]}", arguments):
         return 0
-    config = load(kind, pathlib.Path(names[0]) / CONFIG_FILE, [*options, f"--workdir={names[0]}"])
+    config = load(kind, path_of(names[0]) / CONFIG_FILE, [*options, f"--workdir={names[0]}"])
     use_compilation_cache()
     from electrax.report import finetune, pretrain
 

@@ -4,16 +4,17 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import pathlib
 import re
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 Config = TypeVar("Config")
+# etils' paths of buckets are no Paths, but have of their methods what the package uses
+AnyPath = pathlib.Path if TYPE_CHECKING else pathlib.PurePosixPath
 
 LONGEST_MESSAGE = 2000  # characters
 MAX_TOML_BYTES = 64 << 10  # the time that tomllib takes for a key of many dots grows with its square
@@ -56,14 +57,14 @@ def find_config(name: str, kind: str) -> pathlib.Path:
     raise UserError(f"{name}: no such file, and no shipped config of that name; shipped: {', '.join(names)}")
 
 
-def read_toml(path: str | os.PathLike, heirs: Sequence[pathlib.Path] = ()) -> dict[str, Any]:
+def read_toml(path: str | AnyPath, heirs: Sequence[AnyPath] = ()) -> dict[str, Any]:
     """The file's keys over those of the file that its `base` names (relative to it), if any.
 
     `heirs` are the files whose base this one is; one that names itself, at once or in a circle, is a UserError.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path) if isinstance(path, str) else path
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             text = file.read(MAX_TOML_BYTES + 1)
         if len(text) > MAX_TOML_BYTES:
             raise UserError(f"{path}: expected a config of at most {MAX_TOML_BYTES >> 10} KiB")
@@ -209,7 +210,7 @@ def _is_sane(value: Any) -> bool:
     return math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or abs(value) < 2**63
 
 
-def load(cls: type[Config], path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+def load(cls: type[Config], path: str | AnyPath, overrides: Sequence[str] = ()) -> Config:
     """Defaults < base < file < overrides. Each source is checked by itself, so that an error names the right one."""
     from_line = _checked(cls, parse_overrides(overrides), "command line", "")
     from_file = _checked(cls, read_toml(path), str(path), "")

@@ -27,6 +27,7 @@ LEVELS = (
     ("electrax.models", 0),
     ("electrax.data", 0),
     ("electrax.config", 0),
+    ("electrax.storage", 0),
     ("electrax.xla_flags", 0),
     ("electrax", 6),
 )
@@ -42,8 +43,20 @@ ONLY_IN = {
     "onnx": ("electrax.convert",),
     "apache_beam": ("electrax.data.beam",),
     "onnxruntime": ("electrax.convert",),
+    "etils": ("electrax.storage",),
+    "fsspec": ("electrax.storage",),
 }
-LAZY = ("apache_beam", "tensorflow_datasets", "tokenizers", "sentencepiece", "pyarrow", "onnx", "onnxruntime")
+LAZY = (
+    "apache_beam",
+    "tensorflow_datasets",
+    "tokenizers",
+    "sentencepiece",
+    "pyarrow",
+    "onnx",
+    "onnxruntime",
+    "fsspec",
+    "gcsfs",
+)
 
 
 def modules():

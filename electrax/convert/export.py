@@ -17,8 +17,6 @@ from jaxtyping import Array, Int
 
 from electrax.config import UserError
 from electrax.convert.safetensors import read_safetensors, write_safetensors
-from electrax.data.corpus import file_sha256
-from electrax.data.shards import new_directory, write_atomically
 from electrax.inference.classifier import Classifier
 from electrax.inference.model import PretrainedModel
 from electrax.inference.reader import Reader
@@ -28,6 +26,7 @@ from electrax.models.discriminator import ReplacedTokenHead
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.models.generator import MaskedLMHead
 from electrax.models.masks import padding_mask
+from electrax.storage import file_sha256, new_directory, on_this_machine, write_atomically
 from electrax.tasks.answer import AnswerTask
 from electrax.tasks.base import Params
 
@@ -202,7 +201,7 @@ def export_stablehlo(model: Model, out: str | os.PathLike) -> pathlib.Path:
 
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()}
     program = jax.export.export(jax.jit(run), platforms=PLATFORMS)(shapes, *_inputs(graph, model.max_length).values())
-    with new_directory(pathlib.Path(out)) as folder:
+    with new_directory(on_this_machine(out)) as folder:
         (folder / STABLEHLO_FILE).write_bytes(program.serialize())
         write_safetensors(folder / WEIGHTS_FILE, {name: np.asarray(leaf) for name, leaf in weights.items()})
         write_description(folder, model, graph, "stablehlo", "int32")

@@ -26,9 +26,9 @@ from electrax.convert.config_json import (
 )
 from electrax.convert.model import Head, Model, account
 from electrax.convert.weights import read_weights, write_safetensors
-from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import HUGGING_FACE_FILE, VOCABULARY_FILE, Tokenizer
 from electrax.models.encoder import EncoderConfig
+from electrax.storage import write_atomically
 from electrax.tasks.base import Params
 
 SETTINGS_FILE = "tokenizer_config.json"

@@ -25,7 +25,6 @@ from electrax.convert.export import (
     outputs_of,
     write_description,
 )
-from electrax.data.shards import new_directory
 from electrax.inference.classifier import Classifier
 from electrax.inference.model import PretrainedModel
 from electrax.inference.reader import Reader
@@ -34,6 +33,7 @@ from electrax.inference.template import TemplateClassifier
 from electrax.models.attention import rotate
 from electrax.models.encoder import EncoderConfig
 from electrax.models.spans import WITHHELD
+from electrax.storage import new_directory, on_this_machine
 from electrax.tasks.answer import AnswerTask
 from electrax.tasks.base import Params
 
@@ -315,7 +315,7 @@ def export_onnx(model: Model, out: str | os.PathLike, int8: bool = False) -> pat
     graph = graph_of(model)
     proto = _model_proto(model, graph)
     onnx.checker.check_model(proto, full_check=True)
-    with new_directory(pathlib.Path(out)) as folder:
+    with new_directory(on_this_machine(out)) as folder:
         if int8:
             _quantize(proto, folder / ONNX_FILE)
         else:

@@ -16,7 +16,7 @@ import numpy as np
 
 from electrax.config import UserError
 from electrax.data.outside import parse_json as parse_value
-from electrax.data.shards import sync_directory
+from electrax.storage import sync_directory
 
 DTYPES = {
     **{"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")},

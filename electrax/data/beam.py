@@ -43,8 +43,9 @@ from electrax.data.prepare import (
 )
 from electrax.data.readers import END, LineReader, Source
 from electrax.data.rows import Document, Effect, PackedRows, SegmentRows, row_dtype
-from electrax.data.shards import new_directory, shard_name, write_atomically
+from electrax.data.shards import shard_name
 from electrax.data.tokenizer import Tokenizer
+from electrax.storage import new_directory, on_this_machine, write_atomically
 
 SPLITS = ("train", "valid")
 Key = tuple[int, int]  # of a chunk: source, number in it
@@ -98,7 +99,7 @@ def prepare_with_beam(
     pipeline()  # what is wrong with the options shows before the work begins
     train, valid = check(config)
     sources, start = [*train, *valid], time.monotonic()
-    with new_directory(Path(config.out).absolute()) as directory:
+    with new_directory(on_this_machine(config.out).absolute()) as directory:
         progress(Progress("tokenizer", 0.0, 0, 0, 0, 0.0, 0.0))
         make_tokenizer(config, train).save(directory)
         tokenizer = Tokenizer.load(directory)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.resources
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from electrax.config import UserError
+from electrax.config import AnyPath, UserError
 from electrax.data.outside import is_file_name, read_value
 from electrax.data.tokenizer import SPECIAL_NAMES, Tokenizer
+from electrax.storage import file_sha256, files_below, is_remote, new_directory, own_cache, path_of
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -80,9 +82,9 @@ class Manifest:
             _expect(fit and sum(rows) == split.rows, f"splits.{name}: the rows of its shards")
 
     @staticmethod
-    def read(directory: str | Path) -> "Manifest":
+    def read(directory: str | AnyPath) -> "Manifest":
         """Raises UserError naming the file if it is missing, is no manifest or has another format version."""
-        path = Path(directory) / MANIFEST_FILE
+        path = path_of(directory) / MANIFEST_FILE
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected a directory made by `electrax prepare`")
         raw = read_value(path)
@@ -127,9 +129,12 @@ class Corpus:
         self._maps = {name: [self._map(shard) for shard in split.shards] for name, split in manifest.splits.items()}
 
     @staticmethod
-    def open(directory: str | Path) -> "Corpus":
-        """Open what `prepare` wrote. A missing shard or one of the wrong size is a UserError; see also `verify`."""
-        return Corpus(Path(directory), Manifest.read(directory))
+    def open(directory: str | AnyPath) -> "Corpus":
+        """Open what `prepare` wrote; from a bucket it is copied into the user's cache first. A missing shard or one of
+        the wrong size is a UserError; see also `verify`."""
+        manifest = Manifest.read(directory)
+        path = path_of(directory)
+        return Corpus(_fetched(path) if is_remote(path) else path, manifest)
 
     def size(self, split: str) -> int:
         """Number of rows; a split that does not exist is a UserError."""
@@ -182,10 +187,21 @@ class Corpus:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _fetched(remote: AnyPath) -> AnyPath:
+    """The copy of a prepared directory that is kept in the cache, made where it is not there yet."""
+    kept = own_cache("corpora") / file_sha256(remote / MANIFEST_FILE)[:32]
+    if not kept.is_dir():
+        try:
+            with new_directory(kept) as folder:
+                for name, source in files_below(remote).items():
+                    target = folder / name
+                    target.parent.mkdir(exist_ok=True)
+                    with source.open("rb") as theirs, target.open("wb") as ours:
+                        shutil.copyfileobj(theirs, ours, 1 << 20)
+        except UserError:
+            if not kept.is_dir():  # no other process of this machine has copied it meanwhile
+                raise
+    return kept
 
 
 def sample_path() -> Path:

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Int64
 
 from electrax.config import UserError
 from electrax.data.batches import LengthBuckets
-from electrax.data.outside import own_folder
 from electrax.data.tokenizer import Tokenizer
+from electrax.storage import own_cache
 
 CACHE_VERSION = 1
 DIGEST_BYTES = 32  # SHA-256, at the start of a file of the cache
@@ -133,17 +133,6 @@ def _shares(lengths: list[int], room: int) -> list[int]:
     a, b = lengths
     first = min(a, max(room - b, (room + 1) // 2))  # tokens go from the longer one, from b where they are equal
     return [first, room - first]
-
-
-def cache_folder() -> pathlib.Path:
-    """The user's cache directory for electrax."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "electrax"
-
-
-def own_cache(kind: str) -> pathlib.Path:
-    """The folder of one kind of thing in the user's cache. UserError where others could have put something there:
-    programs and weights are taken from it."""
-    return own_folder(own_folder(cache_folder()) / kind)
 
 
 def kept(build: Callable[[], TokenRows], *content: object) -> TokenRows:

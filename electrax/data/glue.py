@@ -7,7 +7,7 @@ from pathlib import Path
 
 from electrax.config import UserError
 from electrax.data.examples import BadRow, BadRows, Fault, TextExample, collect, read_lines, short, text_fault
-from electrax.data.shards import write_atomically
+from electrax.storage import write_atomically
 
 SPLITS = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
 MNLI_SPLITS = {

@@ -2,11 +2,11 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from electrax.config import MAX_DEPTH, UserError, is_deeper
+from electrax.storage import path_of
 
 MAX_DOCUMENT_BYTES = 1 << 30  # of a file that is read as one value
 MAX_DESCRIPTION_BYTES = 64 << 20  # of a small file that describes others: config.json, a manifest, an index
@@ -27,7 +27,7 @@ def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] 
 def read_bytes(path: str | os.PathLike, most: int = MAX_DESCRIPTION_BYTES) -> bytes:
     """A whole file. UserError where it cannot be read, or holds more."""
     try:
-        with open(path, "rb") as file:
+        with path_of(path).open("rb") as file:
             data = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror})") from None
@@ -61,14 +61,3 @@ def is_file_name(name: Any) -> bool:
     """Whether it is the name of something right in a folder, and no path that could lead out of it."""
     is_name = isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
     return is_name and os.path.basename(name) == name
-
-
-def own_folder(path: pathlib.Path) -> pathlib.Path:
-    """A folder that its user alone can enter, made where there is none. UserError where the one that is there belongs
-    to somebody else or can be written by others, who could have put anything into it."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = path.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        whose = "belongs to another user" if found.st_uid != os.geteuid() else "can be written by others"
-        raise UserError(f"{path}: {whose}; expected a folder of your own (chmod 700, or another XDG_CACHE_HOME)")
-    return path

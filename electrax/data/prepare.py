@@ -25,8 +25,9 @@ from electrax.data.encode import Chunk, Encoded, Part, encode_chunks, pieces, sp
 from electrax.data.outside import read_object
 from electrax.data.readers import END, Documents, LineReader, OnBadInput, Source, find_sources
 from electrax.data.rows import Layout, PackedRows, SegmentRows, Special, row_dtype
-from electrax.data.shards import ShardWriter, locked, sync_directory, write_atomically
+from electrax.data.shards import ShardWriter
 from electrax.data.tokenizer import KINDS, Tokenizer
+from electrax.storage import locked, on_this_machine, sync_directory, write_atomically
 
 MEGABYTE = 1_000_000
 CHUNK_CHARACTERS = 1 << 20
@@ -121,7 +122,7 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] = lambda
         from electrax.data.beam import prepare_with_beam
 
         return prepare_with_beam(config, shlex.split(config.beam), progress)
-    out, sources = Path(config.out), check(config)
+    out, sources = on_this_machine(config.out), check(config)
     partial = out.with_name(out.name + ".partial")
     try:
         partial.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from electrax.config import UserError
 from electrax.data.outside import parse_json, read_value
+from electrax.storage import on_this_machine
 
 TFDS_PREFIX = "tfds:"
 COMPRESSED = (".gz", ".xz", ".zst")
@@ -205,7 +206,7 @@ def find_sources(
 
 
 def _find_files(text: str) -> list[str]:
-    path = Path(text)
+    path = on_this_machine(text, "text")
     if path.is_dir():
         names = [str(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
         expected = "a folder with files in it"

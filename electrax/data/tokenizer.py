@@ -1,15 +1,15 @@
 """Text <-> token ids, over the `tokenizers` and `sentencepiece` libraries."""
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, SupportsInt
 
-from electrax.config import UserError
+from electrax.config import AnyPath, UserError
 from electrax.data.outside import read_bytes
+from electrax.storage import path_of, write_atomically
 
 # For each role the names in use, best first. The order is also the order of ids in a vocabulary trained here.
 SPECIAL_NAMES = {
@@ -60,7 +60,7 @@ class Tokenizer:
 
     @staticmethod
     def load(
-        path: str | Path,
+        path: str | AnyPath,
         lowercase: bool | None = True,
         strip_accents: bool | None = None,
         longest_word: int = LONGEST_WORD,
@@ -70,7 +70,7 @@ class Tokenizer:
         `lowercase` (None: where the vocabulary has no capitals), `strip_accents` (None: as lowercase) and
         `longest_word` (characters; one beyond is [UNK]) apply to a `.txt` vocabulary only; the others carry theirs.
         """
-        path = Path(path)
+        path = path_of(path)
         if path.is_dir():
             names = (HUGGING_FACE_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE)
             found = next((path / name for name in names if (path / name).exists()), None)
@@ -93,7 +93,7 @@ class Tokenizer:
         raise UserError(f"{path}: expected a tokenizer file ending in .json, .model or .txt")
 
     @staticmethod
-    def load_completed(path: str | Path) -> tuple["Tokenizer", int]:
+    def load_completed(path: str | AnyPath) -> tuple["Tokenizer", int]:
         """A `tokenizer.json`, or that of a directory, with the special tokens that it lacks behind its others, and how
         many these are. Text is encoded as before."""
         path = Path(path) / HUGGING_FACE_FILE if Path(path).is_dir() else Path(path)
@@ -125,13 +125,10 @@ class Tokenizer:
         """Of what `save` writes."""
         return SENTENCEPIECE_FILE if self._sentencepiece else HUGGING_FACE_FILE
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | AnyPath) -> AnyPath:
         """Write tokenizer.json or tokenizer.model into `directory`, all or nothing; returns the file."""
-        path = Path(directory) / self.file_name
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.write_bytes(self._serialized)
-        os.replace(temporary, path)  # so that what a link there leads to stays as it is
+        path = path_of(directory) / self.file_name
+        write_atomically(path, self._serialized)
         return path
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -237,7 +234,7 @@ def _from_model(data: bytes, source: str) -> Tokenizer:
     return Tokenizer(backend, data, source)
 
 
-def _read_vocabulary(data: bytes, path: Path) -> dict[str, int]:
+def _read_vocabulary(data: bytes, path: AnyPath) -> dict[str, int]:
     """One token a line, its id the line number from 0."""
     try:
         tokens = data.decode("utf-8").rstrip("\n").split("\n")

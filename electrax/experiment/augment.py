@@ -13,13 +13,13 @@ import numpy as np
 from electrax.config import UserError
 from electrax.data.examples import TextExample
 from electrax.data.glue import GLUE
-from electrax.data.shards import write_atomically
 from electrax.experiment.examples import ExamplesConfig, read_examples
 from electrax.experiment.saved import load
 from electrax.inference.classifier import Classifier
 from electrax.inference.model import PretrainedModel
 from electrax.inference.predict import LINES, read_texts
 from electrax.models.decoding import Sampling
+from electrax.storage import on_this_machine, write_atomically
 
 ORIGIN, SOURCE = "origin", "source"  # columns that say how a row was made, and of which one
 ORIGIN_SUFFIX = ".origin.jsonl"  # the same beside a text file, a line for each text
@@ -159,7 +159,7 @@ def _most_original(config: AugmentConfig, model: PretrainedModel, made: list[Mad
 
 
 def _write(config: AugmentConfig, made: Sequence[Made], names: Sequence[str]) -> None:
-    out = pathlib.Path(config.out)
+    out = on_this_machine(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {

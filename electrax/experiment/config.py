@@ -2,16 +2,16 @@
 
 import dataclasses
 import os
-import pathlib
 from typing import Literal
 
-from electrax.config import UserError, build, read_toml
+from electrax.config import AnyPath, UserError, build, read_toml
 from electrax.data.outside import is_file_name, read_object
 from electrax.data.templates import check_template
 from electrax.experiment.examples import ExamplesConfig
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE
 from electrax.models.heads import HeadStyle
 from electrax.models.sizes import GeneratorConfig, ModelConfig
+from electrax.storage import on_this_machine, path_of
 from electrax.tasks.pretrain import ObjectiveConfig
 from electrax.tasks.rewrite import DecoderWeights
 from electrax.training.checkpoint import CheckpointConfig
@@ -65,6 +65,8 @@ class PretrainConfig:
     def __post_init__(self):
         if not self.workdir:
             raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
+        if self.profile:
+            on_this_machine(self.workdir, "the trace of --profile")
         if (self.steps > 0) == (self.epochs > 0):
             raise UserError(
                 f"exactly one of steps and epochs must be above 0, not steps {self.steps} and epochs {self.epochs}"
@@ -192,6 +194,8 @@ class FinetuneConfig:
     def __post_init__(self):
         if not self.workdir:
             raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
+        if self.profile:
+            on_this_machine(self.workdir, "the trace of --profile")
         if self.steps <= 0 and self.epochs <= 0:
             raise UserError(f"steps or epochs must be above 0, not {self.steps} and {self.epochs}")
         for key, value in {"batch_size": self.batch_size, "seeds": self.seeds, "log.every": self.log.every}.items():
@@ -229,16 +233,16 @@ AnyConfig = PretrainConfig | FinetuneConfig
 
 def read_config(workdir: str | os.PathLike) -> AnyConfig:
     """The resolved config of a run; raises UserError where the directory holds none."""
-    path = pathlib.Path(workdir) / CONFIG_FILE
+    path = path_of(workdir) / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected the work directory of an electrax run")
     values = read_toml(path)
     return build(PretrainConfig if values.get("task") == "pretrain" else FinetuneConfig, values, str(path))
 
 
-def finished(workdir: str | os.PathLike) -> pathlib.Path:
+def finished(workdir: str | os.PathLike) -> AnyPath:
     """Where the model is: the work directory itself, or of several seeds that of the best one."""
-    workdir = pathlib.Path(workdir)
+    workdir = path_of(workdir)
     if read_config(workdir).seeds == 1:
         return workdir
     if not (workdir / RESULTS_FILE).is_file():

@@ -14,6 +14,7 @@ from electrax.data.glue import GLUE, read_glue
 from electrax.data.parallel import read_parallel
 from electrax.data.squad import read_mrqa, read_squad
 from electrax.data.tables import TFDS_PREFIX, read_table
+from electrax.storage import on_this_machine
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPRESSED = ("", ".gz", ".xz", ".zst")
@@ -138,11 +139,12 @@ def _labels_of(row: Example) -> tuple[str, ...]:
 
 def _source(config: ExamplesConfig, split: str) -> str | None:
     """The file of a split, or for GLUE and TFDS its name; None for a dev split that is not there."""
-    named, path = getattr(config, split), pathlib.Path(config.path)
-    if config.format == "glue":
-        return named or split
+    named = getattr(config, split)
     if config.path.startswith(TFDS_PREFIX):
         return f"{config.path}/{named or TFDS_SPLITS[split]}"
+    path = on_this_machine(config.path, "data.path")
+    if config.format == "glue":
+        return named or split
     if path.is_file():
         if split == "train":
             return config.path

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from electrax.config import UserError
+from electrax.config import AnyPath, UserError
 from electrax.data.examples import BadRows, Example
 from electrax.data.glue import GLUE
 from electrax.data.outside import read_object
@@ -350,7 +350,7 @@ def _start_notes(config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokeni
 # -- afterwards --------------------------------------------------------------------------------------------------------
 
 
-def trained(workdir: pathlib.Path, mesh: Mesh | None = None, step: int | None = None) -> tuple[int, Params]:
+def trained(workdir: AnyPath, mesh: Mesh | None = None, step: int | None = None) -> tuple[int, Params]:
     """(step, parameters) of a step, or of the one that the results were measured on: the best, where training was
     stopped early."""
     results = workdir / RESULTS_FILE

@@ -13,14 +13,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from electrax.config import UserError, to_toml
+from electrax.config import AnyPath, UserError, to_toml
 from electrax.convert import gpt2, huggingface, tensorflow
 from electrax.convert.config_json import infer_config
 from electrax.convert.hub import HUB_PREFIX, TOKENIZERS, from_hub, is_name
 from electrax.convert.model import CONSTANT, THE_SAME, Head, Model
 from electrax.convert.weights import write_tree
-from electrax.data.encoded import cache_folder, own_cache
-from electrax.data.shards import new_directory, write_atomically
 from electrax.data.tokenizer import LONGEST_WORD, Tokenizer
 from electrax.experiment.config import (
     NULL_THRESHOLDS,
@@ -34,6 +32,7 @@ from electrax.experiment.examples import ExamplesConfig
 from electrax.experiment.run import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
 from electrax.models.encoder import EncoderConfig
 from electrax.models.sizes import SIZES, GeneratorConfig, ModelConfig
+from electrax.storage import cache_folder, new_directory, on_this_machine, own_cache, path_of, write_atomically
 from electrax.tasks.pretrain import ObjectiveConfig
 from electrax.tasks.tags import marks_spans
 
@@ -57,9 +56,9 @@ class ConvertConfig:
     heads: int = 0  # of a TensorFlow checkpoint without a bert_config.json; 0: 64 wide each
 
 
-def as_workdir(source: str | os.PathLike) -> pathlib.Path:
+def as_workdir(source: str | os.PathLike) -> AnyPath:
     """The work directory itself, or for a model of another format the one in the cache that it was converted into."""
-    path = pathlib.Path(source)
+    path = path_of(source)
     if (path / CONFIG_FILE).is_file():
         return path
     path = find(os.fspath(source))
@@ -127,7 +126,7 @@ def _fingerprint(path: pathlib.Path) -> str:
 
 def convert_foreign(config: ConvertConfig) -> dict[str, Any]:
     """Makes a work directory of a model of another format, all or nothing; returns the report written into it."""
-    out = pathlib.Path(config.out)
+    out = on_this_machine(config.out)
     with new_directory(out) as directory:
         path = find(config.source)
         model, tokenizer = read(path, config)

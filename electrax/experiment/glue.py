@@ -11,6 +11,7 @@ from electrax.data.glue import GLUE, find_file, read_glue, write_leaderboard
 from electrax.experiment import finetune
 from electrax.experiment.config import FinetuneConfig
 from electrax.experiment.examples import read_examples
+from electrax.storage import path_of
 from electrax.training.processes import agreed
 
 AFTER_MNLI = ("rte", "mrpc", "stsb")  # small tasks that learn more from a model trained on MNLI first
@@ -61,7 +62,7 @@ def task_configs(config: GlueConfig) -> Iterator[tuple[str, FinetuneConfig]]:
     for name in config.tasks:
         yield name, _config(config, name, name, config.init_from)
     for name in after:
-        start = str(pathlib.Path(config.workdir) / "mnli")
+        start = str(path_of(config.workdir) / "mnli")
         yield f"{name} after mnli", _config(config, name, f"{name}-after-mnli", start)
 
 
@@ -83,7 +84,7 @@ def _config(config: GlueConfig, name: str, folder: str, init_from: str) -> Finet
     task = load(FinetuneConfig, find_config(name, "finetune"))
     return dataclasses.replace(
         task,
-        workdir=str(pathlib.Path(config.workdir) / folder),
+        workdir=str(path_of(config.workdir) / folder),
         init_from=init_from,
         seed=config.seed,
         seeds=config.seeds,
@@ -104,7 +105,7 @@ def predict_tests(config: GlueConfig, name: str, workdir: str) -> list[pathlib.P
         examples = read_glue(config.path, task, split, bad)
         bad.close(config.path)
         rows = model.predict([example.texts for example in examples])
-        path = pathlib.Path(config.workdir) / "leaderboard" / task.leaderboard_file(split)
+        path = path_of(config.workdir) / "leaderboard" / task.leaderboard_file(split)
         predictions = [row["label"] if task.classes else min(max(row["value"], 0.0), 5.0) for row in rows]
         ids = [example.id for example in examples]
         agreed(write_leaderboard, task, ids, predictions, path)

@@ -2,20 +2,19 @@
 
 import json
 import os
-import pathlib
 from typing import Any
 
-from electrax.config import UserError
+from electrax.config import AnyPath, UserError
 from electrax.data.outside import read_object
-from electrax.data.shards import write_atomically
 from electrax.experiment.config import FinetuneConfig, read_config
 from electrax.experiment.run import HEAD_FILE, holds_run
+from electrax.storage import path_of, write_atomically
 from electrax.training.processes import agreed
 
 
 def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
     """What `head.json` says of a fine-tuned model's outputs."""
-    path = pathlib.Path(workdir) / HEAD_FILE
+    path = path_of(workdir) / HEAD_FILE
     try:
         head = read_object(path, task=str, kind=str, style=str, metric=str, classes=list, rows=str)
         own = {
@@ -35,7 +34,7 @@ def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
     """Writes head.json. Raises UserError where checkpoints are kept of a run on other rows."""
-    workdir = pathlib.Path(config.workdir)
+    workdir = path_of(config.workdir)
     if holds_run(workdir) and read_head(workdir)["rows"] != head["rows"]:
         raise UserError(
             f"{workdir / HEAD_FILE} holds a run on other rows than those of {config.data.path}; take another workdir"
@@ -46,13 +45,13 @@ def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
 def keep_threshold(workdir: str | os.PathLike, threshold: float) -> None:
     """Stores the null threshold that was best on the dev questions with the model."""
     head = read_head(workdir) | {"null_threshold": threshold}
-    agreed(write_atomically, pathlib.Path(workdir) / HEAD_FILE, json.dumps(head, indent=1) + "\n")
+    agreed(write_atomically, path_of(workdir) / HEAD_FILE, json.dumps(head, indent=1) + "\n")
 
 
 def same_outputs(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a.get(key) == b.get(key) for key in ("task", "kind", "style", "classes", "target"))
 
 
-def takes_head(start: pathlib.Path, head: dict[str, Any]) -> bool:
+def takes_head(start: AnyPath, head: dict[str, Any]) -> bool:
     """Whether a run starts with the head of the fine-tuning it takes its weights from."""
     return (start / HEAD_FILE).is_file() and same_outputs(read_head(start), head)

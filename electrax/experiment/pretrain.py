@@ -19,6 +19,7 @@ from electrax.experiment.plan import Plan, plan_mesh, plan_run
 from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for
 from electrax.experiment.start import start_weights, with_generator_shape
 from electrax.models.sizes import discriminator_shape, generator_shape
+from electrax.storage import on_this_machine, path_of
 from electrax.tasks.corruption import slot_count
 from electrax.tasks.pretrain import PretrainTask, SpecialIds
 from electrax.training.evaluate import make_evaluate
@@ -35,13 +36,13 @@ ALONE = ("masked", "causal", "hybrid")  # kinds of generators that are language 
 
 def open_corpus(config: PretrainConfig, progress: Watcher) -> tuple[PretrainConfig, Corpus]:
     """The rows that `data.path` names, prepared first where it names text, and the config with what they are."""
-    data, workdir = config.data, pathlib.Path(config.workdir)
+    data = config.data
     if not data.path:
         raise UserError('data.path is empty; it names a prepared directory, a text, or "sample" for the bundled books')
-    path = pathlib.Path(data.path)
+    path = path_of(data.path)
     if agreed(lambda: not (path / MANIFEST_FILE).is_file()):
         texts = str(sample_path()) if data.path == "sample" else data.path
-        path = workdir / "data"
+        path = on_this_machine(config.workdir, "text that is not prepared") / "data"
         options = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name != "path"}
         wanted = PrepareConfig(texts=(texts,), out=str(path), seed=config.seed, **options)
         agreed(_prepare_once, wanted, progress)
@@ -137,7 +138,7 @@ def plan(config: PretrainConfig) -> Plan:
     """What the run would need; text that is not prepared counts as its config says, and nothing is written."""
     mesh, imagined = plan_mesh(config)
     config = with_generator_shape(config)
-    if (pathlib.Path(config.data.path) / MANIFEST_FILE).is_file():
+    if (path_of(config.data.path) / MANIFEST_FILE).is_file():
         config, corpus = open_corpus(config, QUIET)
         vocabulary, special = corpus.manifest.vocab_size, corpus.manifest.special_ids
     else:

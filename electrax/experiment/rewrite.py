@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from electrax.config import UserError
+from electrax.config import AnyPath, UserError
 from electrax.data.encoded import encode_pairs
 from electrax.data.examples import BadRows, TextExample
 from electrax.data.parallel import PairBatches
@@ -19,6 +19,7 @@ from electrax.experiment.rows import TaskRows, notes_of
 from electrax.experiment.run import holds_run
 from electrax.experiment.start import taken_embeddings
 from electrax.models.sizes import discriminator_shape
+from electrax.storage import make_folder, path_of
 from electrax.tasks.base import Params
 from electrax.training.processes import agreed
 
@@ -28,7 +29,7 @@ TARGET_FOLDER = "target"  # in the work directory: the tokenizer of a target wit
 def target_tokenizer(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[TextExample]) -> Tokenizer:
     """That of a run's targets: the source's, or where `decoder.tokenizer` names one, that; what is no path is trained
     on the training targets, unless the run is there already."""
-    wanted, folder = config.decoder.tokenizer, pathlib.Path(config.workdir) / TARGET_FOLDER
+    wanted, folder = config.decoder.tokenizer, path_of(config.workdir) / TARGET_FOLDER
     if not wanted:
         return tokenizer
     if pathlib.Path(wanted).exists():
@@ -45,7 +46,7 @@ def target_tokenizer(config: FinetuneConfig, tokenizer: Tokenizer, examples: Seq
     return Tokenizer.load(folder)
 
 
-def kept_target(workdir: pathlib.Path, config: FinetuneConfig, tokenizer: Tokenizer) -> Tokenizer:
+def kept_target(workdir: AnyPath, config: FinetuneConfig, tokenizer: Tokenizer) -> Tokenizer:
     """The one that is kept with a trained model, or the source's, where both are one."""
     return Tokenizer.load(workdir / TARGET_FOLDER) if config.decoder.tokenizer else tokenizer
 
@@ -53,11 +54,11 @@ def kept_target(workdir: pathlib.Path, config: FinetuneConfig, tokenizer: Tokeni
 def keep_target(config: FinetuneConfig, target: Tokenizer | None) -> None:
     """Saves a target's own tokenizer in the work directory."""
     if target is not None and config.decoder.tokenizer:
-        _save(target, pathlib.Path(config.workdir) / TARGET_FOLDER)
+        _save(target, path_of(config.workdir) / TARGET_FOLDER)
 
 
-def _save(tokenizer: Tokenizer, folder: pathlib.Path) -> pathlib.Path:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+def _save(tokenizer: Tokenizer, folder: AnyPath) -> AnyPath:
+    make_folder(folder)
     return tokenizer.save(folder)
 
 

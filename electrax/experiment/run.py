@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
@@ -13,8 +12,8 @@ from jax.sharding import Mesh
 
 from electrax.config import UserError, build, read_toml, to_toml
 from electrax.convert.weights import read_tree
-from electrax.data.shards import write_atomically
 from electrax.data.tokenizer import Tokenizer
+from electrax.storage import make_folder, on_this_machine, path_of, write_atomically
 from electrax.tasks.base import Batch, Params, Task
 from electrax.training.checkpoint import Checkpoints, find_damage, restore_newest_params, tokenizer_hash
 from electrax.training.evaluate import make_evaluate
@@ -150,7 +149,7 @@ def assemble(
     )
     optimizer = make_optimizer(config.optimizer, steps, config.faithful, is_frozen)
     abstract = abstract_state(task, optimizer, example, mesh)
-    checkpoints = Checkpoints(pathlib.Path(config.workdir) / "checkpoints", config.checkpoint.keep, tokenizer.sha256)
+    checkpoints = Checkpoints(path_of(config.workdir) / "checkpoints", config.checkpoint.keep, tokenizer.sha256)
     restored = checkpoints.restore(abstract)
     start, state = restored or (0, fresh_state(task, optimizer, example, abstract, config.seed))
     if restored is None and initial is not None:
@@ -224,10 +223,10 @@ def mesh_for(config: Any) -> Mesh:
 def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
     """Writes config.toml and the tokenizer (that of `data`) into the work directory. Raises UserError where
     checkpoints are kept there of a run that this one does not continue."""
-    workdir = pathlib.Path(config.workdir)
+    workdir = path_of(config.workdir)
 
     def keep() -> None:
-        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(workdir)
         if holds_run(workdir):
             check_continued(config)
             known = Tokenizer.load(workdir)
@@ -241,13 +240,13 @@ def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
 
 def holds_run(workdir: str | os.PathLike) -> bool:
     """Whether a checkpoint of a run is kept there, which the next training continues."""
-    workdir = pathlib.Path(workdir)
+    workdir = path_of(workdir)
     return agreed(lambda: (workdir / CONFIG_FILE).is_file() and any((workdir / "checkpoints").glob("[0-9]*")))
 
 
 def kept_tokenizer(workdir: str | os.PathLike) -> Tokenizer:
     """That of the run that is kept there. Raises UserError where its checkpoints were trained with another one."""
-    workdir = pathlib.Path(workdir)
+    workdir = path_of(workdir)
     tokenizer = Tokenizer.load(workdir)
     whole = [path for path in (workdir / "checkpoints").glob("[0-9]*") if find_damage(path) is None]
     if whole and tokenizer.sha256 not in map(tokenizer_hash, whole):
@@ -257,7 +256,7 @@ def kept_tokenizer(workdir: str | os.PathLike) -> Tokenizer:
 
 def check_continued(config: Any) -> None:
     """Raises UserError where config.toml of the work directory is that of a run that this one does not continue."""
-    workdir = pathlib.Path(config.workdir)
+    workdir = path_of(config.workdir)
     before = read_toml(workdir / CONFIG_FILE)
     if before.get("task") != config.task:
         raise UserError(f"{workdir / CONFIG_FILE} holds a run of the task {before.get('task')!r}; take another workdir")
@@ -282,11 +281,12 @@ def load_params(workdir: str | os.PathLike, mesh: Mesh | None = None, latest: in
     (step 0), on a mesh (default: the first device). Raises UserError where there is none, or where the tokenizer beside
     it is another one than it was trained with."""
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
-    weights = pathlib.Path(workdir) / WEIGHTS_FILE
-    restored = restore_newest_params(pathlib.Path(workdir) / "checkpoints", mesh, latest)
+    checkpoints, weights = path_of(workdir) / "checkpoints", path_of(workdir) / WEIGHTS_FILE
+    restored = restore_newest_params(checkpoints, mesh, latest)
     if restored is not None:
-        wanted = tokenizer_hash(pathlib.Path(workdir) / "checkpoints" / str(restored[0]))
+        wanted = tokenizer_hash(checkpoints / str(restored[0]))
     elif weights.is_file():
+        on_this_machine(weights, "a converted model")
         params, metadata = read_tree(weights)
         placed = jax.tree.map(put_everywhere, params, params_sharding(params, mesh))
         restored, wanted = (0, placed), metadata.get("tokenizer", "")

@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 
-from electrax.config import UserError, to_toml
+from electrax.config import AnyPath, UserError, to_toml
 from electrax.convert import huggingface
 from electrax.convert.export import ExportConfig, export_stablehlo
 from electrax.convert.model import Head, Model
 from electrax.convert.onnx import export_onnx
 from electrax.convert.weights import write_tree
-from electrax.data.shards import new_directory, write_atomically
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment import finetune, pretrain
 from electrax.experiment.config import FinetuneConfig, PretrainConfig, finished, read_config
@@ -27,6 +26,7 @@ from electrax.inference.model import PretrainedModel
 from electrax.inference.reader import Reader
 from electrax.inference.rewriter import Rewriter
 from electrax.inference.tagger import Tagger
+from electrax.storage import new_directory, on_this_machine, path_of, write_atomically
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
 from electrax.tasks.finetune import FinetuneTask
@@ -55,7 +55,7 @@ def load(source: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | R
     )
 
 
-def _pretrained(workdir: pathlib.Path, config: PretrainConfig) -> tuple[PretrainTask, Tokenizer, Params]:
+def _pretrained(workdir: AnyPath, config: PretrainConfig) -> tuple[PretrainTask, Tokenizer, Params]:
     """The objective, and the parameters with all that the generator computes with, where there is one."""
     tokenizer, params = Tokenizer.load(workdir), load_params(workdir)[1]
     task = pretrain.make_task(config, tokenizer.vocab_size, tokenizer.special_ids, None)
@@ -66,14 +66,14 @@ def _pretrained(workdir: pathlib.Path, config: PretrainConfig) -> tuple[Pretrain
 def convert(config: ConvertConfig) -> dict[str, Any]:
     """Writes a work directory as a Hugging Face directory, everything else as a work directory, all or nothing.
     Returns the report that is written beside the result."""
-    source = pathlib.Path(config.source)
+    source = path_of(config.source)
     if not (source / CONFIG_FILE).is_file():
         return convert_foreign(config)
     if config.generator or config.tokenizer or config.heads or config.lowercase is not None:
         raise UserError(
             "generator, tokenizer, heads and lowercase are for a source that is not an electrax work directory"
         )
-    with new_directory(pathlib.Path(config.out)) as directory:
+    with new_directory(on_this_machine(config.out)) as directory:
         model, tokenizer = to_model(source)
         written = huggingface.write(directory, model, tokenizer, read_config(source).data.max_length)
         report = {"from": config.source, "to": "Hugging Face", "written": written}
@@ -81,7 +81,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     return report
 
 
-def to_model(workdir: pathlib.Path) -> tuple[Model, Tokenizer]:
+def to_model(workdir: AnyPath) -> tuple[Model, Tokenizer]:
     """The trained model of a run. Raises UserError for one that no other format has."""
     config = read_config(workdir)
     if isinstance(config, FinetuneConfig):
@@ -117,7 +117,7 @@ def _with_all_in_weights(params: Params, task: FinetuneTask) -> Params:
 def export(config: ExportConfig) -> pathlib.Path:
     """Makes the directory `out` of a trained model in the format that the config names, all or nothing. For a
     fine-tuning over several seeds it is the best one."""
-    out = pathlib.Path(config.out)
+    out = on_this_machine(config.out)
     match config.format:
         case "stablehlo":
             return export_stablehlo(_exportable(config), out)
@@ -134,7 +134,7 @@ def _exportable(config: ExportConfig) -> PretrainedModel | Classifier | Tagger |
     return model
 
 
-def _export_workdir(workdir: pathlib.Path, out: pathlib.Path, dtype: str) -> pathlib.Path:
+def _export_workdir(workdir: AnyPath, out: AnyPath, dtype: str) -> AnyPath:
     """What `load` needs of a run, without its checkpoints."""
     config = read_config(workdir)
     is_finetuned = isinstance(config, FinetuneConfig)

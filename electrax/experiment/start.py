@@ -2,13 +2,12 @@
 
 import dataclasses
 import logging
-import pathlib
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from electrax.config import UserError
+from electrax.config import AnyPath, UserError
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import AnyConfig, FinetuneConfig, PretrainConfig, finished, read_config
 from electrax.experiment.foreign import as_workdir
@@ -23,7 +22,7 @@ log = logging.getLogger("electrax")
 SHAPE = ("body", "layers", "width", "heads", "feed_forward", "embedding_width", "qk_norm")
 
 
-def start_of(init_from: str) -> pathlib.Path:
+def start_of(init_from: str) -> AnyPath:
     """The run whose weights `init_from` names; of a fine-tuning over several seeds the best one."""
     workdir = as_workdir(init_from)
     return finished(workdir) if isinstance(read_config(workdir), FinetuneConfig) else workdir

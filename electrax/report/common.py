@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,10 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from electrax.config import UserError
-from electrax.data.shards import locked, write_atomically
 from electrax.experiment.plan import Plan
 from electrax.experiment.run import RESULTS_FILE, Run, side_by_side, train_side_by_side
 from electrax.models.flops import peak_flops
+from electrax.storage import is_remote, locked, make_folder, path_of, write_atomically
 from electrax.training.collectives import Collective
 from electrax.training.loop import Interrupted, NonFiniteLoss, Record
 from electrax.training.optim import learning_rate
@@ -147,18 +146,19 @@ class StopSignal:
 def alone(workdir: str | os.PathLike) -> Iterator[None]:
     """Makes the work directory, and lets no other run into it as long as this one is at work. A directory that nothing
     came into, because the input is wrong, goes again."""
-    workdir, made = pathlib.Path(workdir), []
+    workdir, made = path_of(workdir), []
     with contextlib.ExitStack() as stack:
 
         def enter() -> None:
-            made.extend(path for path in (workdir, *workdir.parents) if not path.exists())
-            workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not is_remote(workdir):
+                made.extend(path for path in (workdir, *workdir.parents) if not path.exists())
+            make_folder(workdir)
             stack.enter_context(locked(workdir, "run"))
 
         try:
             agreed(enter)
             with together():
-                if not workdir.is_dir():
+                if not is_remote(workdir) and not workdir.is_dir():
                     raise UserError(f"{workdir}: not there; expected storage that all processes of a run share")
             yield
         finally:
@@ -169,7 +169,7 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
 
 def train_and_track(run: Run, command: str) -> Record | None:
     """Trains to the end and returns the last evaluation; None after a stop that saved. `command` continues the run."""
-    profiled = ProfiledStep(run.step_function, pathlib.Path(run.config.workdir) / "profile")
+    profiled = ProfiledStep(run.step_function, path_of(run.config.workdir) / "profile")
     tracker = _track(run, console)
     final: Record | None = None
     try:
@@ -251,7 +251,7 @@ def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[
 
 
 def _track(run: Run, console: Console) -> Tracker | NoTracker:
-    workdir = pathlib.Path(run.config.workdir)
+    workdir = path_of(run.config.workdir)
     if run.start < run.steps:
         agreed(lambda: (workdir / RESULTS_FILE).unlink(missing_ok=True))  # those of a shorter run
     if not is_first():
@@ -274,7 +274,7 @@ def _rates(run: Run):
 
 def write_results(workdir: str | os.PathLike, results: dict[str, Any]) -> None:
     """results.json, last and atomically: its presence says that the run is done. What is not finite is null."""
-    agreed(write_atomically, pathlib.Path(workdir) / RESULTS_FILE, json.dumps(_finite(results), indent=1) + "\n")
+    agreed(write_atomically, path_of(workdir) / RESULTS_FILE, json.dumps(_finite(results), indent=1) + "\n")
 
 
 def _finite(value: Any) -> Any:

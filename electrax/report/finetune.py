@@ -2,17 +2,14 @@
 
 import contextlib
 import dataclasses
-import pathlib
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from rich.markup import escape
 
-from electrax.config import UserError, to_toml
+from electrax.config import AnyPath, UserError, to_toml
 from electrax.data.outside import read_object
-from electrax.data.shards import write_atomically
 from electrax.experiment.config import FinetuneConfig, read_config
 from electrax.experiment.finetune import evaluate_trained, plan, resolve, set_up
 from electrax.experiment.head import keep_threshold
@@ -31,6 +28,7 @@ from electrax.report.common import (
     train_and_track_side_by_side,
     write_results,
 )
+from electrax.storage import make_folder, path_of, remove_folder, write_atomically
 from electrax.tasks.finetune import LESS_IS_BETTER, FinetuneTask
 from electrax.training.loop import NonFiniteLoss, Record
 from electrax.training.processes import agreed
@@ -46,14 +44,14 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
     if config.seeds == 1:
         results = train_one(config, command)
         return INTERRUPTED if results is None else 0
-    config, workdir = resolve(config), pathlib.Path(config.workdir)
+    config, workdir = resolve(config), path_of(config.workdir)
 
     def keep_config() -> None:
         if holds_run(workdir):
             raise UserError(f"{workdir} holds a run of one seed; take another workdir for several")
         if any(workdir.glob("seed-*")):
             check_continued(config)
-        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(workdir)
         write_atomically(workdir / CONFIG_FILE, to_toml(config))
 
     agreed(keep_config)
@@ -71,7 +69,7 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
         return INTERRUPTED
     write_results(workdir, results)
     for name in set(runs) - keep:
-        agreed(shutil.rmtree, workdir / name / "checkpoints", True)
+        agreed(remove_folder, workdir / name / "checkpoints")
     show_seeds(results, runs)
     return 0
 
@@ -82,7 +80,7 @@ def train_seeds(config: FinetuneConfig, seeds: Iterable[int], command: str) -> d
     runs, left = {}, {}
     for seed in sorted(seeds):
         name = f"seed-{seed}"
-        workdir = pathlib.Path(config.workdir) / name
+        workdir = path_of(config.workdir) / name
         one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(workdir))
         runs[name] = read_results(workdir)
         if runs[name] is None or not is_of(one):
@@ -208,7 +206,7 @@ def describe(task: FinetuneTask, final: Record) -> dict[str, Any]:
     }
 
 
-def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_results(workdir: AnyPath) -> dict[str, Any] | None:
     """Of a finished run; None where it is not finished."""
     path = workdir / RESULTS_FILE
     return agreed(lambda: read_object(path) if path.is_file() else None)

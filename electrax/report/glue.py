@@ -1,7 +1,6 @@
 """What a person sees of GLUE as a whole: every task's training, then one table."""
 
 import math
-import pathlib
 
 import numpy as np
 
@@ -9,6 +8,7 @@ from electrax.data.glue import GLUE
 from electrax.experiment.glue import GlueConfig, predict_tests, task_configs
 from electrax.report.common import console, show_table, write_results
 from electrax.report.finetune import finetune_and_report, read_results
+from electrax.storage import path_of
 
 LEFT_OUT = "wnli"  # of the average, as in the literature
 
@@ -19,12 +19,12 @@ def glue_and_report(config: GlueConfig, command: str) -> int:
     results, files = {}, []
     for row, task in task_configs(config):
         console.rule(row)
-        found = read_results(pathlib.Path(task.workdir))
+        found = read_results(path_of(task.workdir))
         if found is None:
             status = finetune_and_report(task, command)
             if status:
                 return status
-            found = read_results(pathlib.Path(task.workdir))
+            found = read_results(path_of(task.workdir))
         results[row] = found
         if row in GLUE:
             files += predict_tests(config, row, task.workdir)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,10 +13,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
-from electrax.config import UserError
-from electrax.data.corpus import file_sha256
+from electrax.config import AnyPath, UserError
 from electrax.data.outside import is_file_name, read_object
-from electrax.data.shards import write_atomically
+from electrax.storage import absolute, file_sha256, files_below, make_folder, write_atomically
 from electrax.tasks.base import Params
 from electrax.training.processes import agreed, is_first, together
 from electrax.training.sharding import params_sharding
@@ -44,9 +42,9 @@ class Checkpoints:
     one that `restore` skips. Damaged ones are renamed, never deleted. Each keeps the hash of the run's `tokenizer`.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int, tokenizer: str = ""):
-        self.directory = directory.absolute()
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    def __init__(self, directory: AnyPath, keep: int, tokenizer: str = ""):
+        self.directory = absolute(directory)
+        make_folder(self.directory)
         self._keep, self._tokenizer = keep, tokenizer
         self._sealing: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -137,7 +135,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def restore_newest(
-    directory: pathlib.Path, abstract: TrainState, on_damage: Callable[[pathlib.Path], None] = lambda path: None
+    directory: AnyPath, abstract: TrainState, on_damage: Callable[[AnyPath], None] = lambda path: None
 ) -> tuple[int, TrainState] | None:
     """(step, state) of the newest whole checkpoint; warns of each damaged one and hands it to `on_damage`.
 
@@ -147,11 +145,11 @@ def restore_newest(
     return found and (found[0], TrainState(params=found[1]["params"], **found[1]["optimizer"]))
 
 
-def restore_newest_params(directory: pathlib.Path, mesh: Mesh, latest: int | None = None) -> tuple[int, Params] | None:
+def restore_newest_params(directory: AnyPath, mesh: Mesh, latest: int | None = None) -> tuple[int, Params] | None:
     """(step, parameters) of the newest whole checkpoint, of step `latest` at most, whatever their shapes; changes
     nothing in the directory."""
     for path in _newest_whole(directory, lambda path: None, latest):
-        kept = ocp.StandardCheckpointHandler().metadata(path.absolute() / "params").tree
+        kept = ocp.StandardCheckpointHandler().metadata(absolute(path) / "params").tree
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), kept)
         tree = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -159,26 +157,26 @@ def restore_newest_params(directory: pathlib.Path, mesh: Mesh, latest: int | Non
             params_sharding(shapes, mesh),
         )
         with ocp.StandardCheckpointer() as reader:
-            return int(path.name), reader.restore(path.absolute() / "params", tree)
+            return int(path.name), reader.restore(absolute(path) / "params", tree)
     return None
 
 
 def _read_newest(
-    directory: pathlib.Path, items: dict[str, Any], on_damage: Callable[[pathlib.Path], None]
+    directory: AnyPath, items: dict[str, Any], on_damage: Callable[[AnyPath], None]
 ) -> tuple[int, dict[str, Any]] | None:
     for path in _newest_whole(directory, on_damage):
         for name, tree in items.items():
-            misfit = _misfit(path.absolute() / name, tree)
+            misfit = _misfit(absolute(path) / name, tree)
             if misfit is not None:
                 raise UserError(f"{path}: does not fit this run's model or optimizer: {misfit}")
         with ocp.StandardCheckpointer() as reader:
-            return int(path.name), {name: reader.restore(path.absolute() / name, tree) for name, tree in items.items()}
+            return int(path.name), {name: reader.restore(absolute(path) / name, tree) for name, tree in items.items()}
     return None
 
 
 def _newest_whole(
-    directory: pathlib.Path, on_damage: Callable[[pathlib.Path], None], latest: int | None = None
-) -> Iterator[pathlib.Path]:
+    directory: AnyPath, on_damage: Callable[[AnyPath], None], latest: int | None = None
+) -> Iterator[AnyPath]:
     steps = agreed(lambda: sorted((int(p.name) for p in directory.glob("*") if p.name.isdecimal()), reverse=True))
     for step in steps:
         if latest is not None and step > latest:
@@ -192,7 +190,7 @@ def _newest_whole(
             agreed(on_damage, path)
 
 
-def _misfit(path: pathlib.Path, wanted: Any) -> str | None:
+def _misfit(path: AnyPath, wanted: Any) -> str | None:
     """The first array of a checkpoint's item that is not as `wanted`. Orbax would cast a wrong dtype in silence."""
     if not path.is_dir():
         return f"it has no {path.name}"
@@ -211,41 +209,41 @@ def _described(tree: Any) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named}
 
 
-def write_manifest(path: pathlib.Path, tokenizer: str = "") -> None:
-    """Sizes and SHA-256 of every file of a checkpoint, and the tokenizer's, put in place atomically."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
-    entries = {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+def write_manifest(path: AnyPath, tokenizer: str = "") -> None:
+    """SHA-256 of every file of a checkpoint, and the tokenizer's, put in place atomically."""
+    files = {name: file for name, file in files_below(path).items() if file.name != MANIFEST}
+    entries = {name: {"sha256": file_sha256(file)} for name, file in files.items()}
     write_atomically(path / MANIFEST, json.dumps({"files": entries, "tokenizer": tokenizer}, indent=1))
 
 
-def tokenizer_hash(path: pathlib.Path) -> str:
+def tokenizer_hash(path: AnyPath) -> str:
     """That of the tokenizer whose ids a whole checkpoint was trained on; empty where it was not kept."""
     return read_object(path / MANIFEST).get("tokenizer", "")
 
 
-def find_damage(path: pathlib.Path) -> str | None:
+def find_damage(path: AnyPath) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is as it was written."""
     if not (path / MANIFEST).is_file():
         return "half-written (it has no checksum manifest)"
     try:
         files = read_object(path / MANIFEST, files=dict)["files"]
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        wanted = {name: entry["sha256"] for name, entry in files.items()}
     except (UserError, KeyError, TypeError):
         return f"damaged ({MANIFEST} cannot be read)"
     if not wanted:
         return f"damaged ({MANIFEST} names no file)"
-    for name, (size, sha256) in wanted.items():
+    for name, sha256 in wanted.items():
         file = path / name
         if not all(is_file_name(part) for part in name.split("/")):
             return f"damaged ({MANIFEST} names {name!r}, which is no file in it)"
         if not file.is_file():
             return f"damaged ({name} is missing)"
-        if file.stat().st_size != size or file_sha256(file) != sha256:
+        if file_sha256(file) != sha256:
             return f"damaged ({name} differs from its checksum)"
     return None
 
 
-def set_aside(path: pathlib.Path) -> None:
+def set_aside(path: AnyPath) -> None:
     """Renames a checkpoint, so that its step can be saved again and nothing is lost."""
     target, number = path.with_name(path.name + ".damaged"), 1
     while target.exists():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from electrax.config import AnyPath
 from electrax.tasks.base import Batch
 from electrax.training.state import Step, StepResult, TrainState
 
@@ -38,7 +39,7 @@ class Profile(NamedTuple):
 class ProfiledStep:
     """A step of which a few calls are traced, after those that warm up; the trace is kept in `directory`."""
 
-    def __init__(self, step: Step, directory: pathlib.Path):
+    def __init__(self, step: Step, directory: AnyPath):
         self._step, self._directory = step, directory
         self._calls, self._traced, self._began, self._seconds = 0, 0, 0.0, 0.0
         self._names: dict[str, str] = {}

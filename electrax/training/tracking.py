@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from electrax.data.shards import write_atomically
+from electrax.config import AnyPath
+from electrax.storage import Mirror, is_remote, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {
@@ -54,13 +55,13 @@ class Tracker:
     `start`, the step this one resumes from, is dropped: it will come again.
     """
 
-    def __init__(
-        self, workdir: pathlib.Path, start: int, steps: int, rates: Callable[[int, float, int], dict], console
-    ):
+    def __init__(self, workdir: AnyPath, start: int, steps: int, rates: Callable[[int, float, int], dict], console):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from tensorboardX import SummaryWriter
 
         self._rates, self._steps, self._console = rates, steps, console
+        self._mirror = Mirror(workdir, [METRICS_FILE]) if is_remote(workdir) else None
+        workdir = self._mirror.folder if self._mirror else workdir
         path = workdir / METRICS_FILE
         self._seconds = _keep_until(path, start, finished=start == steps) if path.is_file() else 0.0
         self._file = open(path, "a", encoding="utf-8")
@@ -81,6 +82,8 @@ class Tracker:
     def write(self, record: Record) -> None:
         """One line in metrics.jsonl a "log" or "eval" record; evaluations carry the prefix `eval_`."""
         if record.kind == "save":
+            if self._mirror:
+                self._mirror.copy(now=True)  # a run that goes on from this step has all lines before it
             if not self._console.is_terminal:
                 self._console.print(f"step {record.step}: saving in the background")
             return
@@ -99,6 +102,8 @@ class Tracker:
         for name, value in finite.items():
             if value is not None:
                 self._board.add_scalar(name.replace("eval_", "eval/", 1), value, record.step)
+        if self._mirror:
+            self._mirror.copy()
         line = describe(record, figures)
         if record.kind == "log" and self._console.is_terminal:
             self._bar.update(self._bar_task, completed=record.step, figures=line)
@@ -109,6 +114,8 @@ class Tracker:
         self._bar.stop()
         self._file.close()
         self._board.close()
+        if self._mirror:
+            self._mirror.close()
 
 
 class NoTracker:

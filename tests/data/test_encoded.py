@@ -6,10 +6,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from electrax.data.encoded import RowBatches, TokenRows, cache_folder, encode_pairs, kept
+from electrax.data.encoded import RowBatches, TokenRows, encode_pairs, kept
 from electrax.data.examples import BadRows
 from electrax.data.glue import GLUE, read_glue
 from electrax.data.tokenizer import SPECIALS, Tokenizer
+from electrax.storage import cache_folder
 
 DATA = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
 PAD, UNK, CLS, SEP, MASK = range(5)

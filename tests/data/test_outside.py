@@ -1,4 +1,3 @@
-import os
 import tracemalloc
 
 import pytest
@@ -6,11 +5,9 @@ import pytest
 from electrax.config import UserError
 from electrax.data import examples, readers
 from electrax.data.examples import BadRows, read_json
-from electrax.data.outside import is_file_name, own_folder, parse_json, read_bytes, read_object
+from electrax.data.outside import is_file_name, parse_json, read_bytes, read_object
 from electrax.data.readers import LineReader, find_sources
-from electrax.data.shards import new_directory, write_atomically
 from electrax.data.tables import read_table
-from electrax.data.tokenizer import Tokenizer
 from tests.data.test_fuzz import compressed
 
 
@@ -57,45 +54,6 @@ def test_an_object_without_its_keys_or_types_is_refused(tmp_path, text):
 @pytest.mark.parametrize("name", ["", ".", "..", "../a", "/etc/passwd", "a/b", "a\\b", "a\0", None, 1])
 def test_what_may_lead_out_of_a_folder_is_no_name_of_a_file(name):
     assert not is_file_name(name) and is_file_name("model.safetensors") and is_file_name("..a")
-
-
-# -- folders -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_ones_own_is_closed_to_others(tmp_path):
-    assert own_folder(tmp_path / "own").stat().st_mode & 0o777 == 0o700
-    assert own_folder(tmp_path / "own") == tmp_path / "own"
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o720, 0o702])
-def test_a_folder_that_others_can_write_into_is_refused(tmp_path, mode):
-    tmp_path.chmod(mode)
-    with pytest.raises(UserError, match="can be written by others; expected a folder of your own"):
-        own_folder(tmp_path)
-
-
-def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(UserError, match="belongs to another user"):
-        own_folder(tmp_path)
-
-
-def test_a_new_directory_is_its_users_alone_and_one_that_was_there_stays_as_open_as_it_was(tmp_path):
-    (tmp_path / "open").mkdir(mode=0o755)
-    for name, mode in {"open": 0o755, "new": 0o700}.items():
-        with new_directory(tmp_path / name) as made:
-            (made / "a").touch()
-        assert (tmp_path / name).stat().st_mode & 0o777 == mode
-
-
-def test_a_link_is_not_followed_in_writing(tmp_path):
-    (tmp_path / "theirs").write_text("kept")
-    for name in ("config.toml", "config.toml.tmp", "tokenizer.json", "tokenizer.json.tmp"):
-        (tmp_path / name).symlink_to(tmp_path / "theirs")
-    write_atomically(tmp_path / "config.toml", "ours")
-    Tokenizer.train("wordpiece", ["a cat"], 50).save(tmp_path)
-    assert (tmp_path / "theirs").read_text() == "kept" and (tmp_path / "config.toml").read_text() == "ours"
-    assert not any(path.is_symlink() for path in tmp_path.iterdir())
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

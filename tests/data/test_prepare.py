@@ -10,8 +10,10 @@ import time
 import numpy as np
 import pytest
 
+from electrax import storage
 from electrax.config import UserError
 from electrax.data import prepare as module
+from electrax.data import shards
 from electrax.data.corpus import Corpus
 from electrax.data.prepare import PrepareConfig, prepare
 from electrax.data.rows import document_index
@@ -158,6 +160,7 @@ def test_texts_for_evaluation_can_be_named(config, tmp_path):
 KILLED = """
 import os, signal, sys
 from electrax.data import prepare as module
+from electrax.data import shards
 if __name__ == "__main__":
     vars(module).update(eval(sys.argv[3]))
     left = int(sys.argv[2])
@@ -283,9 +286,7 @@ def test_two_runs_do_not_work_in_one_directory(config, tmp_path):
 
 def test_a_full_disk_names_the_path_and_the_work_goes_on_afterwards(config, tmp_path, monkeypatch):
     prepare(config(out=str(tmp_path / "whole")))
-    from electrax.data import shards
-
-    write, left = shards._write_all, 12
+    write, left = storage.write_all, 12
 
     def full(file, data):
         nonlocal left
@@ -295,10 +296,12 @@ def test_a_full_disk_names_the_path_and_the_work_goes_on_afterwards(config, tmp_
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(file, data)
 
-    monkeypatch.setattr(shards, "_write_all", full)
+    for place in (shards, storage):
+        monkeypatch.setattr(place, "write_all", full)
     with pytest.raises(UserError, match="out.partial: the disk is full"):
         prepare(config())
-    monkeypatch.setattr(shards, "_write_all", write)
+    for place in (shards, storage):
+        monkeypatch.setattr(place, "write_all", write)
     prepare(config())
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
