@@ -16,11 +16,12 @@ from pathlib import Path
 from electrax.config import AnyPath, UserError
 
 BUCKETS = "gs://"
+_reached: set[str] = set()
 
 
 def path_of(name: str | os.PathLike) -> AnyPath:
     """A file or folder of this machine, or for gs://BUCKET/… etils' path, which has the methods of pathlib that the
-    package uses. UserError for another scheme, or where the library that reaches buckets is missing."""
+    package uses. UserError for another scheme, for a bucket that can't be reached, and where the library is missing."""
     text = os.fspath(name)
     scheme, mark, rest = text.partition("://")
     if not mark or "/" in scheme:
@@ -36,7 +37,16 @@ def path_of(name: str | os.PathLike) -> AnyPath:
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
     # it warns at each call of who may not ask for a bucket's kind, and shows the trace of what it raises
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    return epath.Path(text)  # pyright: ignore[reportReturnType]
+    path = epath.Path(text)
+    bucket = text.split("/")[2]
+    if bucket not in _reached:
+        try:
+            path.exists()
+        except Exception as error:  # of the libraries for the network, for credentials and for HTTP
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{text}: cannot be reached: {reason}") from error
+        _reached.add(bucket)
+    return path  # pyright: ignore[reportReturnType]
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -56,16 +66,9 @@ def absolute(path: AnyPath) -> AnyPath:
 
 
 def make_folder(path: AnyPath) -> None:
-    """With those above it, for its user alone. In a bucket it comes with its first file; UserError where the bucket
-    cannot be reached."""
+    """With those above it, for its user alone. In a bucket it comes with its first file."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return
-    try:
-        path.exists()
-    except Exception as error:  # of the libraries for the network, for credentials and for HTTP
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be reached: {reason}") from error
 
 
 def remove_folder(path: AnyPath) -> None:

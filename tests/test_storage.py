@@ -3,11 +3,14 @@ import importlib.util
 import os
 
 import pytest
+from etils import epath
 
 from electrax import storage
 from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
 from electrax.storage import new_directory, on_this_machine, own_folder, path_of, write_atomically
+
+needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
 
 
 def test_a_folder_of_ones_own_is_closed_to_others(tmp_path):
@@ -56,6 +59,16 @@ def test_a_file_whose_writing_fails_halfway_stays_as_it_was(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "a", b"afterwards")
     assert (tmp_path / "a").read_text() == "before"
+
+
+@needs_gcsfs
+def test_a_bucket_that_cannot_be_reached_is_one_line(monkeypatch):
+    def refused(self):
+        raise ConnectionError("no route\nto it")
+
+    monkeypatch.setattr(epath.Path("gs://closed").__class__, "exists", refused)
+    with pytest.raises(UserError, match=r"^gs://closed/run: cannot be reached: no route$"):
+        path_of("gs://closed/run")
 
 
 def test_what_cannot_be_a_bucket_is_one_line(monkeypatch):

@@ -187,17 +187,16 @@ class Corpus:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _fetched(remote: AnyPath) -> AnyPath:
+def _fetched(remote: AnyPath) -> Path:
     """The copy of a prepared directory that is kept in the cache, made where it is not there yet."""
     kept = own_cache("corpora") / file_sha256(remote / MANIFEST_FILE)[:32]
     if not kept.is_dir():
         try:
             with new_directory(kept) as folder:
                 for name, source in files_below(remote).items():
-                    target = folder / name
-                    target.parent.mkdir(exist_ok=True)
-                    with source.open("rb") as theirs, target.open("wb") as ours:
-                        shutil.copyfileobj(theirs, ours, 1 << 20)
+                    if is_file_name(name):  # `prepare` makes no folders
+                        with source.open("rb") as theirs, (folder / name).open("wb") as ours:
+                            shutil.copyfileobj(theirs, ours, 1 << 20)
         except UserError:
             if not kept.is_dir():  # no other process of this machine has copied it meanwhile
                 raise

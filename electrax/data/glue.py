@@ -7,7 +7,7 @@ from pathlib import Path
 
 from electrax.config import UserError
 from electrax.data.examples import BadRow, BadRows, Fault, TextExample, collect, read_lines, short, text_fault
-from electrax.storage import write_atomically
+from electrax.storage import make_folder, path_of, write_atomically
 
 SPLITS = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
 MNLI_SPLITS = {
@@ -82,8 +82,9 @@ def write_leaderboard(
         if task.classes and prediction not in task.classes:
             raise ValueError(f"{task.title}: expected one of {', '.join(task.classes)}, found {prediction!r}")
         lines.append(f"{index}\t{prediction if task.classes else format(prediction, '.3f')}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_atomically(Path(path), "\n".join(lines) + "\n")
+    file = path_of(path)
+    make_folder(file.parent)
+    write_atomically(file, "\n".join(lines) + "\n")
 
 
 def find_file(folder: str | os.PathLike, task: GlueTask, split: str) -> Path:

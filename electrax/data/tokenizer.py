@@ -93,7 +93,7 @@ class Tokenizer:
         raise UserError(f"{path}: expected a tokenizer file ending in .json, .model or .txt")
 
     @staticmethod
-    def load_completed(path: str | AnyPath) -> tuple["Tokenizer", int]:
+    def load_completed(path: str | Path) -> tuple["Tokenizer", int]:
         """A `tokenizer.json`, or that of a directory, with the special tokens that it lacks behind its others, and how
         many these are. Text is encoded as before."""
         path = Path(path) / HUGGING_FACE_FILE if Path(path).is_dir() else Path(path)

@@ -1,11 +1,10 @@
 """GLUE as a whole: its tasks one after the other, and the files that its leaderboard takes."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 from typing import Literal
 
-from electrax.config import UserError, find_config, load
+from electrax.config import AnyPath, UserError, find_config, load
 from electrax.data.examples import BadRows, check_labels
 from electrax.data.glue import GLUE, find_file, read_glue, write_leaderboard
 from electrax.experiment import finetune
@@ -95,7 +94,7 @@ def _config(config: GlueConfig, name: str, folder: str, init_from: str) -> Finet
     )
 
 
-def predict_tests(config: GlueConfig, name: str, workdir: str) -> list[pathlib.Path]:
+def predict_tests(config: GlueConfig, name: str, workdir: str) -> list[AnyPath]:
     """Writes the leaderboard's file of every unlabelled split that is there, with the best model's predictions."""
     task, written = GLUE[name], []
     splits = [split for split in UNLABELLED if _has(config.path, name, split)]

@@ -134,7 +134,7 @@ def _exportable(config: ExportConfig) -> PretrainedModel | Classifier | Tagger |
     return model
 
 
-def _export_workdir(workdir: AnyPath, out: AnyPath, dtype: str) -> AnyPath:
+def _export_workdir(workdir: AnyPath, out: pathlib.Path, dtype: str) -> pathlib.Path:
     """What `load` needs of a run, without its checkpoints."""
     config = read_config(workdir)
     is_finetuned = isinstance(config, FinetuneConfig)
