@@ -107,6 +107,16 @@ def test_no_module_imports_one_of_a_higher_level():
     assert upward == []
 
 
+def test_nothing_reads_the_wall_clock_which_may_jump():
+    read = [
+        f"{name}:{node.lineno}"
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns", "datetime.now")
+    ]
+    assert read == []
+
+
 def test_the_loop_knows_no_objective():
     trees = dict(modules())
     tasks = {name for _, name in imports(trees["electrax.training.loop"]) if within(name, "electrax.tasks")}

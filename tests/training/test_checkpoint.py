@@ -2,6 +2,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -267,6 +268,19 @@ def test_reading_parameters_leaves_out_a_damaged_checkpoint_and_changes_nothing(
 
 def test_the_latest_ones_are_kept(tmp_path):
     assert write(tmp_path, [1, 2, 3, 4], keep=2).steps() == [3, 4]
+
+
+def test_a_clock_that_jumps_neither_takes_nor_hides_a_checkpoint(tmp_path, monkeypatch):
+    clock, day, checkpoints = time.time, 86400.0, Checkpoints(tmp_path, 2)
+    for step, ahead in enumerate((0.0, 300 * day, -300 * day, -day), start=1):
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: clock() + ahead)
+        checkpoints.save(step, state_at(step))
+        checkpoints.wait()
+    checkpoints.close()
+    assert checkpoints.steps() == [3, 4]
+    step, state = restore(tmp_path)
+    assert step == 4
+    assert_equal(state, state_at(4))
 
 
 def test_the_best_one_is_kept_beside_the_latest(tmp_path):
