@@ -49,10 +49,10 @@ def translator(tmp_path_factory):
     words = ["--data.path", write_parallel(folder / "data"), "--workdir", folder / "run", *SMALL]
     # read every step: eight devices with many steps ahead of them may wait for each other on two busy cores
     words += [
-        "--steps=150",
+        "--steps=200",
         "--log.every=1",
-        "--eval.every=150",
-        "--optimizer.learning_rate=0.01",
+        "--eval.every=200",
+        "--optimizer.learning_rate=0.005",
         "--model.body=modern",
     ]
     words += ["--model.dropout=0", "--model.attention_dropout=0"]
