@@ -15,6 +15,7 @@ from pathlib import Path
 
 from electrax.config import AnyPath, UserError
 
+log = logging.getLogger("electrax")
 BUCKETS = "gs://"
 _reached: set[str] = set()
 
@@ -122,23 +123,31 @@ class Mirror:
 
     def __init__(self, remote: AnyPath, names: Sequence[str] = (), seconds: float = 10.0):
         self._remote, self._seconds, self._copied = remote, seconds, time.monotonic()
-        self._temporary = tempfile.TemporaryDirectory(prefix="electrax-")
-        self.folder = Path(self._temporary.name)
+        self.folder = Path(tempfile.mkdtemp(prefix="electrax-"))
         for name in names:
             if (remote / name).is_file():
                 (self.folder / name).write_bytes((remote / name).read_bytes())
 
-    def copy(self, now: bool = False) -> None:
-        """Copies all files, if some seconds are over since the last time, or `now`."""
-        if now or time.monotonic() - self._copied > self._seconds:
+    def copy(self, now: bool = False) -> bool:
+        """Copies all files, if some seconds are over since the last time, or `now`; whether they could be copied. What
+        is only told must not end a run: where the bucket fails, the next call tries again."""
+        if not now and time.monotonic() - self._copied < self._seconds:
+            return True
+        self._copied = time.monotonic()
+        try:
             for name, path in files_below(self.folder).items():
                 write_atomically(self._remote / name, path.read_bytes())
-            self._copied = time.monotonic()
+        except Exception as error:  # of the libraries for the network, for credentials and for HTTP
+            log.warning("%s: cannot be written: %s", self._remote, error)
+            return False
+        return True
 
     def close(self) -> None:
-        """Copies them for the last time, and removes the folder."""
-        self.copy(now=True)
-        self._temporary.cleanup()
+        """Copies them for the last time, and removes the folder; one that could not be copied stays."""
+        if self.copy(now=True):
+            shutil.rmtree(self.folder)
+        else:
+            log.warning("%s: what was to be written there is in %s", self._remote, self.folder)
 
 
 def write_all(file: io.FileIO, data: bytes) -> None:

@@ -8,7 +8,7 @@ from etils import epath
 from electrax import storage
 from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
-from electrax.storage import new_directory, on_this_machine, own_folder, path_of, write_atomically
+from electrax.storage import Mirror, new_directory, on_this_machine, own_folder, path_of, write_atomically
 
 needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
 
@@ -69,6 +69,25 @@ def test_a_bucket_that_cannot_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr(epath.Path("gs://closed").__class__, "exists", refused)
     with pytest.raises(UserError, match=r"^gs://closed/run: cannot be reached: no route$"):
         path_of("gs://closed/run")
+
+
+def test_a_mirror_goes_on_when_its_bucket_fails_and_keeps_what_it_could_not_copy(tmp_path, monkeypatch, caplog):
+    def closed(path, content):
+        raise ConnectionError("no route to it")
+
+    (tmp_path / "metrics.jsonl").write_text("before\n")
+    mirror = Mirror(tmp_path, ["metrics.jsonl", "not there"])
+    with open(mirror.folder / "metrics.jsonl", "a") as file:
+        file.write("after\n")
+    assert mirror.copy() and (tmp_path / "metrics.jsonl").read_text() == "before\n"  # too soon again
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_atomically", closed)
+        assert not mirror.copy(now=True)
+        mirror.close()
+    assert f"what was to be written there is in {mirror.folder}" in caplog.text
+    assert (mirror.folder / "metrics.jsonl").read_text() == "before\nafter\n"
+    mirror.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "before\nafter\n" and not mirror.folder.exists()
 
 
 def test_what_cannot_be_a_bucket_is_one_line(monkeypatch):

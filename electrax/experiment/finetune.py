@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from electrax.config import AnyPath, UserError
+from electrax.config import UserError
 from electrax.data.examples import BadRows, Example
 from electrax.data.glue import GLUE
-from electrax.data.outside import read_object
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, PretrainConfig, finished, read_config
 from electrax.experiment.examples import read_examples, targets_of, texts_of
@@ -31,7 +30,6 @@ from electrax.experiment.rewrite import (
 from electrax.experiment.rows import TaskRows, answer_rows, classify_rows, tag_rows, template_words
 from electrax.experiment.run import (
     HEAD_FILE,
-    RESULTS_FILE,
     Run,
     assemble,
     holds_run,
@@ -39,6 +37,7 @@ from electrax.experiment.run import (
     kept_tokenizer,
     load_params,
     mesh_for,
+    trained,
 )
 from electrax.experiment.start import same_shapes, shared_tokens, start_of, taken_embeddings
 from electrax.inference.classifier import Classifier
@@ -348,15 +347,6 @@ def _start_notes(config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokeni
 
 
 # -- afterwards --------------------------------------------------------------------------------------------------------
-
-
-def trained(workdir: AnyPath, mesh: Mesh | None = None, step: int | None = None) -> tuple[int, Params]:
-    """(step, parameters) of a step, or of the one that the results were measured on: the best, where training was
-    stopped early."""
-    results = workdir / RESULTS_FILE
-    if step is None and results.is_file():
-        step = read_object(results, step=int)["step"]
-    return load_params(workdir, mesh, latest=step)
 
 
 def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader | Rewriter":

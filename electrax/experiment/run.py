@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from electrax.config import UserError, build, read_toml, to_toml
+from electrax.config import AnyPath, UserError, build, read_toml, to_toml
 from electrax.convert.weights import read_tree
+from electrax.data.outside import read_object
 from electrax.data.tokenizer import Tokenizer
 from electrax.storage import make_folder, on_this_machine, path_of, write_atomically
 from electrax.tasks.base import Batch, Params, Task
@@ -295,3 +296,12 @@ def load_params(workdir: str | os.PathLike, mesh: Mesh | None = None, latest: in
     if wanted and Tokenizer.load(workdir).sha256 != wanted:
         raise UserError(f"{workdir}: its tokenizer is not the one that its weights were trained with")
     return restored
+
+
+def trained(workdir: AnyPath, mesh: Mesh | None = None, step: int | None = None) -> tuple[int, Params]:
+    """(step, parameters) of a step, or of the one that the results were measured on: the best, where training was
+    stopped early."""
+    results = workdir / RESULTS_FILE
+    if step is None and results.is_file():
+        step = read_object(results, step=int)["step"]
+    return load_params(workdir, mesh, latest=step)

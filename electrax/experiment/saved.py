@@ -20,7 +20,7 @@ from electrax.experiment.config import FinetuneConfig, PretrainConfig, finished,
 from electrax.experiment.foreign import REPORT_FILE, ConvertConfig, as_workdir, convert_foreign
 from electrax.experiment.head import read_head
 from electrax.experiment.rewrite import TARGET_FOLDER
-from electrax.experiment.run import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, load_params
+from electrax.experiment.run import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, load_params, trained
 from electrax.inference.classifier import Classifier
 from electrax.inference.model import PretrainedModel
 from electrax.inference.reader import Reader
@@ -91,9 +91,9 @@ def to_model(workdir: AnyPath) -> tuple[Model, Tokenizer]:
         if config.task == "rewrite":
             raise UserError(f"{workdir}: a model of the task rewrite has no counterpart in Transformers")
         if config.head.template:  # its head is still the discriminator's
-            return Model(finetune.trained(workdir)[1], task.encoder), tokenizer
+            return Model(trained(workdir)[1], task.encoder), tokenizer
         kept = Head(head["task"], head["kind"], head["style"], tuple(head["classes"]))
-        return Model(_with_all_in_weights(finetune.trained(workdir)[1], task), task.encoder, head=kept), tokenizer
+        return Model(_with_all_in_weights(trained(workdir)[1], task), task.encoder, head=kept), tokenizer
     kind = config.generator.kind
     if config.objective.kind == "electric" or kind not in ("masked", "shared"):
         what = "Electric" if config.objective.kind == "electric" else f"a {kind.replace('_', '-')} generator"
@@ -141,7 +141,7 @@ def _export_workdir(workdir: AnyPath, out: pathlib.Path, dtype: str) -> pathlib.
     if is_finetuned:
         workdir = finished(workdir)
         config = read_config(workdir)
-    params = (finetune.trained if is_finetuned else load_params)(workdir)[1]
+    params = (trained if is_finetuned else load_params)(workdir)[1]
     tokenizer, head = Tokenizer.load(workdir), read_head(workdir) if is_finetuned else None
     with new_directory(out) as directory:
         tokenizer.save(directory)

@@ -157,7 +157,8 @@ def test_a_model_in_a_bucket_is_fine_tuned_over_seeds_and_predicts(server, there
     assert run(["predict", "gs://bucket/tuned", str(lines)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["label"] in ("yes", "no")
     kept = {name.split("/")[1] for name in server.objects if name.startswith("tuned/seed-") and "checkpoints" in name}
-    assert len(kept) in (1, 2)  # the best and the median
+    results = json.loads(server.objects["tuned/results.json"].data)
+    assert kept == {results["best"], results["median_run"]}
 
 
 @needs_gcsfs

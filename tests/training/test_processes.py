@@ -158,7 +158,7 @@ def test_a_stop_that_one_process_is_told_saves_all_and_one_process_goes_on(folde
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     first, _ = finish(processes, 130)
-    [reached] = {int(p.parent.name) for p in (folder / "stopped").glob("checkpoints/*/checksums.json")} - {10}
+    reached = max(int(p.parent.name) for p in (folder / "stopped").glob("checkpoints/*/checksums.json"))
     assert f"saved step {reached} in " in first
     finish(start(folder, "stopped", 1, "--steps", str(reached + 1), "--optimizer.schedule", "joined"))
     assert list(losses(folder / "stopped")) == list(range(1, reached + 2))
