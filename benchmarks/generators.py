@@ -1,11 +1,13 @@
 """What the generator is worth to the discriminator: causal, hybrid, masked and uniform ones at equal steps.
 
     python -m benchmarks.generators --text TEXT_OR_CORPUS --data ../shared/data [--steps 8000] [--seeds 3]
+    python -m benchmarks.generators --init_from benchmarks/weights --text CORPUS_OF_ITS_PIECES --steps 2500
 
-Everything but the generator's kind is the same: text, order, chosen positions, sizes, steps, and the word vectors of
-the same text that all start from (benchmarks/word_vectors.py; without them three million tokens taught nothing that
-SST-2 could show). `uniform` is the masked one sampled at a temperature at which every token is equally likely. Each
-discriminator is then fine-tuned, and so are the word vectors alone: the run's own step 0.
+Everything but the generator's kind is the same: text, order, chosen positions, sizes, steps, and the start: word
+vectors of the same text (benchmarks/word_vectors.py; without them three million tokens taught nothing that SST-2 could
+show), or a pretrained encoder that goes on, against a generator that begins at random weights with embeddings of its
+own. `uniform` is the masked one sampled at a temperature at which every token is equally likely. Each discriminator is
+then fine-tuned, and so is what all started from.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from typing import Any
 from benchmarks.report import environment, write
 from benchmarks.word_vectors import start
 from electrax.cli import use_compilation_cache
-from electrax.config import build, find_config, load
+from electrax.config import build, find_config, load, read_toml
 from electrax.experiment.config import FinetuneConfig, PretrainConfig
 from electrax.report.common import show_table
 from electrax.report.finetune import finetune_and_report, read_results
@@ -28,8 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "masked": {},
     "uniform": {"objective": {"temperature": 1e6}},
 }
-VECTORS = "word vectors alone"
-TASKS = {"sst2": "glue", "upos": "tagging/ud_english_ewt"}
+START = "the start alone"
+TASKS = {"sst2": "glue", "cola": "glue", "upos": "tagging/ud_english_ewt"}
 
 
 def pretraining(arguments: argparse.Namespace, kind: str) -> PretrainConfig:
@@ -46,6 +48,16 @@ def pretraining(arguments: argparse.Namespace, kind: str) -> PretrainConfig:
         "eval": {"every": max(1, arguments.steps // 10), "rows": 512},
         "checkpoint": {"every": arguments.steps},
     }  # fmt: skip
+    if arguments.init_from:
+        before = read_toml(pathlib.Path(arguments.init_from) / "config.toml")
+        values |= {
+            "init_from": arguments.init_from,
+            "model": before["model"],
+            "generator": before["generator"] | {"embeddings": "separate"} | KINDS.get(kind, {}).get("generator", {}),
+            "objective": before["objective"] | values["objective"],
+            "data": {"path": arguments.text, "max_length": 128},
+            "optimizer": {"learning_rate": 6e-4, "warmup_steps": arguments.steps / 10},
+        }
     return build(PretrainConfig, values, "the benchmark")
 
 
@@ -53,9 +65,11 @@ def pretrained(arguments: argparse.Namespace, kind: str) -> tuple[pathlib.Path, 
     """Where it is; its figures on held-out text and its curve, where it was trained."""
     config = pretraining(arguments, kind)
     workdir = pathlib.Path(config.workdir)
-    if not (workdir / "checkpoints").is_dir():
+    if arguments.init_from and kind == START:
+        return pathlib.Path(arguments.init_from), {}
+    if not (arguments.init_from or (workdir / "checkpoints").is_dir()):
         start(config)
-    if kind == VECTORS:
+    if kind == START:
         return workdir, {}
     if not (workdir / "results.json").is_file() and pretrain_and_report(config, "the same command"):
         raise SystemExit("stopped; the same command continues")
@@ -68,8 +82,8 @@ def pretrained(arguments: argparse.Namespace, kind: str) -> tuple[pathlib.Path, 
     return workdir, {"figures": json.loads((workdir / "results.json").read_text()), "curve": curve}
 
 
-def fine_tuned(arguments: argparse.Namespace, first: pathlib.Path, task: str) -> dict:
-    workdir = pathlib.Path(f"{first}-{task}")
+def fine_tuned(arguments: argparse.Namespace, kind: str, first: pathlib.Path, task: str) -> dict:
+    workdir = pathlib.Path(arguments.workdir) / f"{kind.replace(' ', '-')}-{task}"
     if read_results(workdir) is None:
         options = [
             f"--workdir={workdir}", f"--init_from={first}", f"--data.path={arguments.data}/{TASKS[task]}",
@@ -89,18 +103,20 @@ def main() -> None:
     parser.add_argument("--text", default="../shared/data/pretrain/train-000.txt.xz", help="or a prepared corpus")
     parser.add_argument("--data", default="../shared/data", help="folder of glue and tagging/ud_english_ewt")
     parser.add_argument("--workdir", default="runs/generators")
-    kinds = (VECTORS, *KINDS)
+    parser.add_argument("--init_from", default="", help="a pretrained encoder, instead of word vectors of the text")
+    kinds = (START, *KINDS)
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--rows", type=int, default=2000, help="of each task")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", default="generators.json", help="in benchmarks/results")
     arguments = parser.parse_args()
     use_compilation_cache()
     results: dict = environment() | {"options": vars(arguments), "kinds": {}}
     for kind in arguments.kinds:
         workdir, found = pretrained(arguments, kind)
-        results["kinds"][kind] = found | {task: fine_tuned(arguments, workdir, task) for task in TASKS}
-        write("generators.json", results)
+        results["kinds"][kind] = found | {task: fine_tuned(arguments, kind, workdir, task) for task in TASKS}
+        write(arguments.out, results)
     rows = [
         (kind, found.get("figures", {}).get("rtd_auc", ""), found.get("figures", {}).get("replaced_share", ""))
         + tuple(f"{found[task]['mean']:.3f} ± {found[task]['std']:.3f}" for task in TASKS)

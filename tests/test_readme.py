@@ -27,6 +27,7 @@ SHRINK = [
     "--model.embedding_width=32",
     "--model.max_length=128",
     "--generator.width=16",
+    "--eval.rows=16",
 ]
 TEXT = "\n\n".join(f"The cat number {i} sat on the mat and looked at the rain.\nIt rained all day." for i in range(60))
 

@@ -1,5 +1,6 @@
 """Chunks of lines -> token ids, in worker processes, in order."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ from electrax.data.tokenizer import Tokenizer
 # The libraries need about 100 bytes of memory for a character they are at work on.
 BATCH = 1 << 21
 PART = 1 << 16
+FEW = 4  # chunks of a megabyte, each encoded in about 0.3 s; a worker starts in two
 
 
 class Encoded(NamedTuple):
@@ -105,8 +107,12 @@ def _batches(lines: list[str]) -> Iterator[tuple[list[int], list[str]]]:
 def encode_chunks(directory: Path, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, Encoded]]:
     """Each chunk with its ids, in order, with a bounded number of chunks in flight.
 
-    `directory` holds the tokenizer. One worker means this process, several mean that many spawned ones.
+    `directory` holds the tokenizer. One worker means this process, several mean that many spawned ones, 0 one for each
+    core, or this process for a text that it has encoded before they would have started.
     """
+    if workers == 0:
+        first = list(itertools.islice(chunks, FEW + 1))
+        chunks, workers = itertools.chain(first, chunks), _cores() if len(first) > FEW else 1
     if workers == 1:
         tokenizer = Tokenizer.load(directory)
         for chunk in chunks:
@@ -130,6 +136,10 @@ def encode_chunks(directory: Path, chunks: Iterator[Chunk], workers: int) -> Ite
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _tokenizer: Tokenizer  # of a worker process

@@ -54,7 +54,7 @@ class PrepareConfig:
     text_field: str = "text"  # of JSON lines and TFDS examples
     holdout: float = 0.01  # share of documents for evaluation, every round(1 / holdout)-th
     valid: tuple[str, ...] = ()  # texts for evaluation instead of a holdout
-    workers: int = 0  # processes that encode; 0 takes all cores, 1 stays in this process
+    workers: int = 0  # processes that encode; 0 takes all cores where it pays, 1 stays in this process
     seed: int = 0  # of the chances in the layout segments
     on_bad_input: OnBadInput = "error"  # stop at broken input, or skip and count it
     max_line_mb: int = 16  # longest line, in MiB
@@ -175,7 +175,7 @@ def _prepare(config: PrepareConfig, sources: list[list[Source]], out: Path, part
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.close)
-        encoded_chunks = encode_chunks(partial, chunks, config.workers or _cores())
+        encoded_chunks = encode_chunks(partial, chunks, config.workers)
         stack.enter_context(contextlib.closing(encoded_chunks))
         for number, (chunk, encoded) in enumerate(encoded_chunks, 1):
             _add(chunk, encoded, builders, state)
@@ -193,10 +193,6 @@ def _prepare(config: PrepareConfig, sources: list[list[Source]], out: Path, part
     shards = {split: writer.shards() for split, writer in writers.items()}
     manifest = _finish(out, partial, make_manifest(config, tokenizer, state, shards))
     return Report(manifest, time.monotonic() - start, (state.text_bytes - before) / 1e6)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan(config: PrepareConfig, sources: list[Source]) -> dict:

@@ -23,6 +23,12 @@ from electrax.training.state import TrainState
 
 log = logging.getLogger("electrax")
 MANIFEST = "checksums.json"
+# Orbax cuts what several devices hold into a slice for each to write, which compiles a program a slice. Below this
+# number of bytes one device writes it all.
+_SLICE = 1 << 20
+_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE))
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,9 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy, best_fn=_score, cleanup_tmp_directories=True
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            writer = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
+            handlers = {name: writer for name in ("params", "optimizer")}
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
 
     def steps(self) -> list[int]:
@@ -79,7 +87,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Returns once the state is copied; writing and sealing go on in the background. `score`: higher is better."""
         self.wait()
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
         if not self._open().save(
             step, args=ocp.args.Composite(**items), metrics={"score": score, "step": step}, force=True
         ):

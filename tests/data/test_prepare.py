@@ -12,8 +12,8 @@ import pytest
 
 from electrax import storage
 from electrax.config import UserError
+from electrax.data import encode, shards
 from electrax.data import prepare as module
-from electrax.data import shards
 from electrax.data.corpus import Corpus
 from electrax.data.prepare import PrepareConfig, prepare
 from electrax.data.rows import document_index
@@ -113,9 +113,15 @@ def test_counts_are_of_the_text_that_was_read(config, texts, tmp_path):
 
 @pytest.mark.parametrize("layout", ["packed", "segments"])
 def test_the_number_of_workers_changes_no_byte(config, tmp_path, layout):
-    for workers in (1, 2):
+    for workers in (0, 1, 2):
         prepare(config(out=str(tmp_path / f"out{workers}"), workers=workers, layout=layout))
-    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    assert contents(tmp_path / "out0") == contents(tmp_path / "out1") == contents(tmp_path / "out2")
+
+
+def test_a_short_text_starts_no_worker_that_nobody_asked_for(config, monkeypatch):
+    monkeypatch.setattr(encode.multiprocessing, "get_context", lambda kind: pytest.fail("a worker was started"))
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 1 << 20)
+    prepare(config(workers=0))
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram", "sentencepiece-bpe"])
@@ -160,7 +166,7 @@ def test_texts_for_evaluation_can_be_named(config, tmp_path):
 KILLED = """
 import os, signal, sys
 from electrax.data import prepare as module
-from electrax.data import shards
+from electrax.data import encode, shards
 if __name__ == "__main__":
     vars(module).update(eval(sys.argv[3]))
     left = int(sys.argv[2])
