@@ -6,8 +6,8 @@
 Everything but the generator's kind is the same: text, order, chosen positions, sizes, steps, and the start: word
 vectors of the same text (benchmarks/word_vectors.py; without them three million tokens taught nothing that SST-2 could
 show), or a pretrained encoder that goes on, against a generator that begins at random weights with embeddings of its
-own. `uniform` is the masked one sampled at a temperature at which every token is equally likely. Each discriminator is
-then fine-tuned, and so is what all started from.
+own. `uniform` is the masked one (of a pretrained encoder, the causal one) sampled at a temperature at which every token
+is equally likely. Each discriminator is then fine-tuned, and so is what all started from.
 """
 
 import argparse
@@ -50,10 +50,11 @@ def pretraining(arguments: argparse.Namespace, kind: str) -> PretrainConfig:
     }  # fmt: skip
     if arguments.init_from:
         before = read_toml(pathlib.Path(arguments.init_from) / "config.toml")
+        own = {"kind": kind if kind in ("masked", "hybrid") else "causal", "embeddings": "separate"}
         values |= {
             "init_from": arguments.init_from,
             "model": before["model"],
-            "generator": before["generator"] | {"embeddings": "separate"} | KINDS.get(kind, {}).get("generator", {}),
+            "generator": before["generator"] | own,
             "objective": before["objective"] | values["objective"],
             "data": {"path": arguments.text, "max_length": 128},
             "optimizer": {"learning_rate": 6e-4, "warmup_steps": arguments.steps / 10},

@@ -23,3 +23,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# a file is one worker's work; the longest begin first, so that none is left alone at the end
+LONGEST = ("test_readme", "test_configs_shipped", "test_processes", "test_resume", "test_state", "test_lockstep")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

@@ -65,7 +65,7 @@ class Checkpoints:
                 preservation_policy=policy, best_fn=_score, cleanup_tmp_directories=True
             )
             writer = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
-            handlers = {name: writer for name in ("params", "optimizer")}
+            handlers = dict.fromkeys(("params", "optimizer"), writer)
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
 

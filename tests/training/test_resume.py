@@ -38,9 +38,10 @@ def folder(tiny, tmp_path_factory):
     return folder
 
 
-def start(folder, name, devices=1):
+def start(folder, name, *options, devices=1, xla_flags=None):
     """The command, in a process of its own."""
-    environment = os.environ | {
+    environment = os.environ | ({} if xla_flags is None else {"XLA_FLAGS": xla_flags})
+    environment |= {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -53,6 +54,7 @@ def start(folder, name, devices=1):
         str(folder / "config.toml"),
         "--workdir",
         str(folder / name),
+        *options,
     ]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -186,3 +188,16 @@ def test_the_finished_run_repeated_evaluates_again_and_changes_nothing(folder, s
     finish(start(folder, "straight"))
     assert lines(straight) == before
     assert (straight / "results.json").read_text() == results
+
+
+def test_steps_in_one_dispatch_give_the_bits_of_single_ones(folder):
+    # with the emitter of fusions that the other tests do without, a loop rounds as its body alone does
+    flags = "--xla_backend_optimization_level=0"
+    small = ["--steps=12", "--log.every=3", "--model.layers=1"]
+    for name, together in (("single", "1"), ("together", "3")):
+        finish(start(folder, name, *small, "--steps_per_dispatch", together, xla_flags=flags))
+    (step, state), (other_step, other_state) = last_checkpoint(folder / "single"), last_checkpoint(folder / "together")
+    assert step == other_step == 12
+    for name, leaf in state.items():
+        assert leaf.tobytes() == other_state[name].tobytes(), name
+    assert losses(folder / "single") == losses(folder / "together")

