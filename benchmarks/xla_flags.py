@@ -18,6 +18,7 @@ from benchmarks.report import environment, spread, write
 from electrax.xla_flags import FLAGS
 
 CANDIDATES = (
+    "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_prefer_vector_width=512",
     "--xla_cpu_enable_fast_math=true",
     "--xla_cpu_use_xnnpack=true",

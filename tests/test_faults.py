@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_damages_change_no_weights_in_silence(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.faults", "--kills", "0", "--damages", "12", "--check"]
+    command = [sys.executable, "-m", "benchmarks.faults", "--kills", "0", "--damages", "8", "--check"]
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
