@@ -5,9 +5,10 @@
 
 Everything but the generator's kind is the same: text, order, chosen positions, sizes, steps, and the start: word
 vectors of the same text (benchmarks/word_vectors.py; without them three million tokens taught nothing that SST-2 could
-show), or a pretrained encoder that goes on, against a generator that begins at random weights with embeddings of its
-own. `uniform` is the masked one (of a pretrained encoder, the causal one) sampled at a temperature at which every token
-is equally likely. Each discriminator is then fine-tuned, and so is what all started from.
+show), or a pretrained encoder that goes on. The generator begins at random weights with embeddings of its own; a masked
+one that the encoder was pretrained with goes on.
+`uniform` is the causal one sampled at a temperature at which every token is equally likely. Each discriminator is then
+fine-tuned, and so is what all started from.
 """
 
 import argparse
@@ -24,25 +25,23 @@ from electrax.report.common import show_table
 from electrax.report.finetune import finetune_and_report, read_results
 from electrax.report.pretrain import pretrain_and_report
 
-KINDS: dict[str, dict[str, Any]] = {
-    "causal": {"generator": {"kind": "causal"}},
-    "hybrid": {"generator": {"kind": "hybrid"}},
-    "masked": {},
-    "uniform": {"objective": {"temperature": 1e6}},
-}
+KINDS = ("causal", "hybrid", "masked", "uniform")
 START = "the start alone"
 TASKS = {"sst2": "glue", "cola": "glue", "upos": "tagging/ud_english_ewt"}
 
 
 def pretraining(arguments: argparse.Namespace, kind: str) -> PretrainConfig:
+    # a generator that shares the table draws it to what its own loss asks for, the causal one most of all
+    own = {"kind": "causal" if kind in ("uniform", START) else kind, "embeddings": "separate"}
+    objective = {"temperature": 1e6} if kind == "uniform" else {}
     values: dict[str, Any] = {
         "workdir": str(pathlib.Path(arguments.workdir) / kind.replace(" ", "-")),
         "steps": arguments.steps,
         "batch_size": 16,
         "model": {"size": "tiny", "body": "modern", "layers": 3, "width": 128, "embedding_width": 128, "dropout": 0.0,
                   "attention_dropout": 0.0},
-        "generator": {"width": 64, "layers": 3, **KINDS.get(kind, {}).get("generator", {})},
-        "objective": KINDS.get(kind, {}).get("objective", {}),
+        "generator": {"width": 64, "layers": 3, **own},
+        "objective": objective,
         "data": {"path": arguments.text, "vocab_size": 4096, "max_length": 64},
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": arguments.steps / 10},
         "eval": {"every": max(1, arguments.steps // 10), "rows": 512},
@@ -50,12 +49,11 @@ def pretraining(arguments: argparse.Namespace, kind: str) -> PretrainConfig:
     }  # fmt: skip
     if arguments.init_from:
         before = read_toml(pathlib.Path(arguments.init_from) / "config.toml")
-        own = {"kind": kind if kind in ("masked", "hybrid") else "causal", "embeddings": "separate"}
         values |= {
             "init_from": arguments.init_from,
             "model": before["model"],
-            "generator": before["generator"] | own,
-            "objective": before["objective"] | values["objective"],
+            "generator": before["generator"] | (own if kind != "masked" else {}),  # which goes on as it is
+            "objective": before["objective"] | objective,
             "data": {"path": arguments.text, "max_length": 128},
             "optimizer": {"learning_rate": 6e-4, "warmup_steps": arguments.steps / 10},
         }
