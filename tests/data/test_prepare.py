@@ -166,7 +166,7 @@ def test_texts_for_evaluation_can_be_named(config, tmp_path):
 KILLED = """
 import os, signal, sys
 from electrax.data import prepare as module
-from electrax.data import encode, shards
+from electrax.data import shards
 if __name__ == "__main__":
     vars(module).update(eval(sys.argv[3]))
     left = int(sys.argv[2])
