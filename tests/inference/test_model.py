@@ -11,7 +11,7 @@ from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.models.generator import Generator, MaskedLMHead
 from electrax.models.masks import padding_mask
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
-from tests.inference.compilations import compilations
+from tests.fixtures.compilations import compilations
 
 LINES = ["the cat sat on the mat", "a dog ran under the red mat", "big cats, small dogs and one blue hat"] * 20
 WORDS = " ".join(LINES[:3]).split()

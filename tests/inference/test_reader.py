@@ -15,8 +15,8 @@ from electrax.data.windows import make_windows
 from electrax.inference.reader import Reader
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.answer import AnswerTask
+from tests.fixtures.compilations import compilations
 from tests.fixtures.weights import random_params
-from tests.inference.compilations import compilations
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] who what sat ran the cat dog on mat red and far cafe 東 京 , . in".split()
 MAX_LENGTH, STRIDE, MAX_QUERY = 14, 4, 3

@@ -16,6 +16,7 @@ from electrax.config import UserError
 from electrax.training.checkpoint import CheckpointConfig, Checkpoints, find_damage, restore_newest_params
 from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.state import TrainState
+from tests.fixtures.compilations import compilations
 
 
 def state_at(step, rows=8):
@@ -72,6 +73,18 @@ def test_a_restored_state_is_the_saved_one_to_the_bit_with_moments_and_step(fold
     assert step == 20
     assert_equal(state, state_at(20))
     assert float(state.opt_state[0].nu["word"][0, 0]) != 0
+
+
+@pytest.mark.parametrize(("rows", "programs"), [(8, 0), (1 << 19, 8)], ids=["small", "8 MiB"])
+def test_what_eight_devices_hold_is_cut_into_slices_only_where_it_is_large(tmp_path, rows, programs):
+    everywhere = NamedSharding(make_mesh(MeshConfig(8), jax.devices()), P())
+    state = jax.device_put(TrainState(jnp.int32(1), {"word": jnp.arange(4.0 * rows).reshape(rows, 4)}, ()), everywhere)
+    checkpoints = Checkpoints(tmp_path, 1)
+    with compilations() as compiled:
+        checkpoints.save(1, state)
+    checkpoints.close()
+    assert len(compiled) == programs
+    assert_equal(restore(tmp_path, abstract(state))[1], state)
 
 
 def test_an_empty_directory_holds_nothing_to_restore(tmp_path):
