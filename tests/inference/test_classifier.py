@@ -11,8 +11,8 @@ from electrax.data.tokenizer import SPECIALS, Tokenizer
 from electrax.inference.classifier import Classifier
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.classify import ClassifyTask
+from tests.fixtures.compilations import compilations
 from tests.fixtures.weights import random_params
-from tests.inference.compilations import compilations
 
 WORDS = "the cat dog sat ran on mat red and far".split()
 MAX_LENGTH = 12  # between two lengths that batches are padded to

@@ -10,8 +10,8 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.inference.tagger import Entity, Tagger
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.tag import TagTask
+from tests.fixtures.compilations import compilations
 from tests.fixtures.weights import random_params
-from tests.inference.compilations import compilations
 
 LINES = ["the cat sat on the mat", "a dog ran under the red mat", "big cats, small dogs and one blue hat"] * 20
 MAX_LENGTH = 20  # between two lengths that batches are padded to

@@ -11,8 +11,8 @@ from electrax.inference import template
 from electrax.inference.template import TemplateClassifier
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.template import TemplateTask
+from tests.fixtures.compilations import compilations
 from tests.fixtures.weights import random_params
-from tests.inference.compilations import compilations
 
 WORDS = "the cat dog sat ran on mat red and far it was good bad very so .".split()
 MAX_LENGTH = 16
