@@ -3,9 +3,10 @@
     python -m benchmarks.inference [--size small] [--texts 512] [--rounds 9] [--one_row 32] [--no_compile]
 
 All: the same texts, vocabulary and weights, float32; from texts to arrays of numpy, tokenising included. The PyTorch
-sides take batches of 32 in the order of the input, each padded to its longest text. Work: one text; 32 texts of 128
-tokens; texts of 20 to 128 tokens, evenly, each as one vector and with a vector a token. Ratios are electrax / PyTorch
-of the same round (below 1 is faster).
+sides take batches of 32 in the order of the input, each padded to its longest text; `packed` puts several texts into
+each row of 128 tokens, with attention that stops at their borders. Work: one text; 32 texts of 128 tokens; texts of 20
+to 128 tokens, evenly, each as one vector and with a vector a token. Ratios are electrax / the other of the same round
+(below 1 is faster).
 """
 
 import argparse
@@ -110,6 +111,8 @@ def main() -> None:
             "electrax": lambda texts, pooled=pooled: list(model.encode(texts, "mean" if pooled else None)),
             "torch": torch_encode(encoder, params, tokenizer, pooled, ""),
         }
+        if name == "mixed":
+            contestants["packed"] = lambda texts: list(model.encode(texts, "mean", packed=True))
         if not options.no_compile:
             contestants["torch.compile"] = torch_encode(encoder, params, tokenizer, pooled, shapes)
         lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(texts)]

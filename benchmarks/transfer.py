@@ -1,9 +1,11 @@
 """What a pretrained encoder is worth: fine-tuned from it and from random weights of the same architecture, over seeds.
 
-    python -m benchmarks.transfer --init_from runs/hour --glue ../shared/data/glue --wnut17 ../shared/data/ner/wnut17
+    python -m benchmarks.transfer --init_from runs/hour --glue ../shared/data/glue --wnut17 ../shared/data/ner/wnut17 \\
+        [--section.key value ...]
 
-The same tokenizer, rows, order, steps and learning rates on both sides. Results are written after each task, and a task
-that is finished in --workdir is not trained again.
+The same tokenizer, rows, order, steps and learning rates on both sides; what the options beyond --help say, such as
+--epochs or --optimizer.learning_rate, is said to both. Results are written after each task, and a task that is finished
+in --workdir is not trained again, whatever the options.
 """
 
 import argparse
@@ -22,19 +24,17 @@ from electrax.report.finetune import finetune_and_report, read_results
 TASKS = ("sst2", "cola", "mrpc", "stsb", "wnut17")
 
 
-def configs(arguments: argparse.Namespace, name: str) -> dict[str, FinetuneConfig]:
+def configs(arguments: argparse.Namespace, name: str, options: list[str]) -> dict[str, FinetuneConfig]:
     """The two runs of a task."""
-    task = load(FinetuneConfig, find_config(name, "finetune"))
+    task = load(FinetuneConfig, find_config(name, "finetune"), options)
     pretrained = read_config(arguments.init_from)
     shape = {key: getattr(pretrained.model, key) for key in SHAPE}
     common = dataclasses.replace(
         task,
         seeds=arguments.seeds,
-        epochs=arguments.epochs or task.epochs,
         data=dataclasses.replace(
             task.data,
             path=arguments.wnut17 if name == "wnut17" else arguments.glue,
-            limit=arguments.limit,
             tokenizer=arguments.init_from,
         ),
     )
@@ -53,9 +53,11 @@ def measure(config: FinetuneConfig) -> dict:
     if read_results(workdir) is None and finetune_and_report(config, "the same command"):
         raise SystemExit("stopped; the same command continues")
     results = read_results(workdir)
-    trained = read_config(workdir)  # a finished one may have been trained with another limit
+    trained = read_config(workdir)  # a finished one may have been trained with other options
     found = {key: results.get(key) for key in ("metric", "scores", "mean", "std", "failed")}
-    return found | {"epochs": trained.epochs, "training_rows": trained.data.limit or "all", "steps": results["step"]}
+    rates = {key: getattr(trained.optimizer, key) for key in ("learning_rate", "layer_decay")}
+    rows = {"training_rows": trained.data.limit or "all", "both_orders": trained.data.both_orders}
+    return found | {"epochs": trained.epochs, "steps": results["step"]} | rows | rates
 
 
 def main() -> None:
@@ -66,15 +68,13 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/transfer")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=0.0, help="0: as the task's config says")
-    parser.add_argument("--limit", type=int, default=0, help="training rows; 0: all")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     if arguments.seeds < 2:
         parser.error("--seeds must be at least 2")
     use_compilation_cache()
     results: dict = environment() | {"tasks": {}}
     for name in arguments.tasks:
-        results["tasks"][name] = {start: measure(config) for start, config in configs(arguments, name).items()}
+        results["tasks"][name] = {start: measure(config) for start, config in configs(arguments, name, options).items()}
         write("transfer.json", results)
     rows = []
     for name, sides in results["tasks"].items():

@@ -13,12 +13,13 @@ from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.batching import compiled, pad, padded_length, run_by_length, warm_up
 from electrax.inference.generation import CausalModel, Continuation
+from electrax.inference.packing import pooled, run_packed
 from electrax.inference.template import TemplateClassifier
 from electrax.models.decoding import LOWEST
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.models.generator import Generator, GeneratorKind
-from electrax.models.masks import one_way_mask, padding_mask
+from electrax.models.masks import document_mask, one_way_mask, padding_mask
 from electrax.tasks.base import Params
 from electrax.tasks.template import TemplateTask
 
@@ -78,30 +79,36 @@ class PretrainedModel:
         return self.discriminator is None and self.generator_kind == "causal"
 
     def encode(
-        self, texts: Sequence[str], pooling: str | None = None, truncate: bool = False
+        self, texts: Sequence[str], pooling: str | None = None, truncate: bool = False, packed: bool = False
     ) -> Float[np.ndarray, "B *L D"]:
         """Last hidden states of the main tower [B, L, D], float32, for `[CLS] text [SEP]`; zeros beyond a text's end.
 
         With the `pooling` mean or cls one vector a text [B, D], which does not depend on the other texts: the mean over
         all of its tokens, [CLS] and [SEP] too, or that of [CLS]. A text of more than `max_length` tokens is a
-        UserError, or cut with `truncate`.
+        UserError, or cut with `truncate`. `packed` computes several short texts in one row, with the same result: fewer
+        programs are compiled, one or two of each length of row, but on a CPU rows of the texts' own lengths are faster.
         """
         rows = self._rows("encode", texts, truncate)
         self._check_pooling(pooling)
-        if pooling is not None:
-            return self._pooled(rows, pooling)
-        if not rows:
+        if pooling is None and not rows:
             raise UserError("encode: expected at least one text")
-        out = np.zeros((len(rows), max(map(len, rows)), self._main.width), np.float32)
-        for numbers, hidden in self._run(None, rows):
-            length = min(out.shape[1], hidden.shape[1])
-            out[numbers, :length] = hidden[:, :length]
-        return out
-
-    def _pooled(self, rows: list[list[int]], pooling: str) -> Float[np.ndarray, "B D"]:
-        out = np.zeros((len(rows), self._main.width), np.float32)
-        for numbers, vectors in self._run(pooling, rows):
-            out[numbers] = vectors
+        longest = () if pooling else (max(map(len, rows)),)
+        out = np.zeros((len(rows), *longest, self._main.width), np.float32)
+        if packed and rows:
+            forward = self._forward(pooling)
+            for number, which, start, found in run_packed(forward, rows, self.tokenizer.pad_id, self.max_length):
+                if pooling:
+                    out[number] = found[which]
+                else:
+                    length = len(rows[number])
+                    out[number, :length] = found[start : start + length]
+        else:
+            for numbers, found in self._run(pooling, rows):
+                if pooling:
+                    out[numbers] = found
+                else:
+                    length = min(out.shape[1], found.shape[1])
+                    out[numbers, :length] = found[:, :length]
         return out
 
     def warm_up(self, pooling: str | None = None, longest: int | None = None) -> int:
@@ -276,9 +283,9 @@ class PretrainedModel:
     def _run(self, pooling: str | None, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return run_by_length(self._forward(pooling), [(rows, self.tokenizer.pad_id)], self.max_length)
 
-    def _forward(self, pooling: str | None) -> Callable[[np.ndarray], jax.Array]:
+    def _forward(self, pooling: str | None) -> Callable[..., jax.Array]:
         program = self._encode if pooling is None else self._pool[pooling]
-        return lambda ids: program(self.params, ids, self.tokenizer.pad_id)
+        return lambda ids, *packed: program(self.params, ids, self.tokenizer.pad_id, *packed)
 
     def _row(self, ids: list[int], truncate: bool = False) -> list[int]:
         room = self.max_length - 2
@@ -293,15 +300,21 @@ class PretrainedModel:
         return pad([row], np.zeros(1, np.int64), length, self.tokenizer.pad_id)
 
 
-def _encode(config: EncoderConfig, tower: str, one_way: bool, params: Params, ids, pad_id):
-    embedded, mask = Embeddings(config).apply({"params": params["embeddings"]}, ids), padding_mask(ids != pad_id)
+def _encode(
+    config: EncoderConfig, tower: str, one_way: bool, params: Params, ids, pad_id, documents=None, positions=None
+):
+    """Of rows of one text each, or of several, with the text of each token and its place there."""
+    embedded = Embeddings(config).apply({"params": params["embeddings"]}, ids, None, positions)
+    mask = padding_mask(ids != pad_id) if documents is None else document_mask(documents)
     mask = one_way_mask(mask) if one_way else mask
-    hidden = Encoder(config).apply({"params": params[tower]["encoder"]}, embedded, mask)
+    hidden = Encoder(config).apply({"params": params[tower]["encoder"]}, embedded, mask, positions)
     return jnp.where((ids != pad_id)[..., None], hidden.astype(jnp.float32), 0.0)
 
 
-def _pool(encode: Callable, pooling: str, params: Params, ids, pad_id):
-    hidden = encode(params, ids, pad_id)
+def _pool(encode: Callable, pooling: str, params: Params, ids, pad_id, documents=None, positions=None):
+    hidden = encode(params, ids, pad_id, documents, positions)
+    if documents is not None:
+        return pooled(hidden, documents, positions, pooling)
     if pooling == "cls":
         return hidden[:, 0]
     return jnp.sum(hidden, axis=1) / jnp.maximum(jnp.sum(ids != pad_id, axis=1), 1)[:, None]

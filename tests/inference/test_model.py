@@ -6,6 +6,7 @@ import pytest
 from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.model import PretrainedModel
+from electrax.inference.packing import MOST_TEXTS, pack
 from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.models.generator import Generator, MaskedLMHead
@@ -153,6 +154,34 @@ def test_large_calls_in_several_threads_give_each_text_its_own_vectors(model):
 
 def test_no_text_has_no_vector(model):
     assert model.encode([], "cls").shape == (0, WIDTH)
+    assert model.encode([], "mean", packed=True).shape == (0, WIDTH)
+
+
+# -- several texts in one row -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "cls"])
+def test_packed_texts_get_what_they_get_in_rows_of_their_own(model, pooling):
+    packed = model.encode(MIXED, pooling, packed=True)
+    np.testing.assert_allclose(packed, model.encode(MIXED, pooling), atol=1e-5, rtol=0)
+
+
+def test_packed_texts_of_a_causal_model_see_nothing_of_those_before_them(tokenizer):
+    model = make_model(tokenizer, "mlm")
+    model = PretrainedModel(model.params, tokenizer, model.generator, None, LENGTH, generator_kind="causal")
+    assert model.reads_one_way
+    np.testing.assert_allclose(model.encode(MIXED, packed=True), model.encode(MIXED), atol=1e-5, rtol=0)
+
+
+def test_each_packed_text_goes_where_it_leaves_the_least_room():
+    assert pack([3, 6, 5, 2, 4], 10) == [[1, 4], [2, 0, 3]]
+    assert pack([4, 10, 6], 10) == [[1], [2, 0]]
+    assert pack([], 10) == []
+
+
+def test_a_row_holds_as_many_packed_texts_as_it_has_vectors():
+    rows = pack([2] * 40, 128)
+    assert [len(row) for row in rows] == [MOST_TEXTS, MOST_TEXTS, 40 - 2 * MOST_TEXTS]
 
 
 def test_pooling_refuses_a_text_that_is_too_long_or_cuts_it(model):
