@@ -150,6 +150,7 @@ class DecoderConfig:
     label_smoothing: float = 0.1
     beams: int = 4  # of the search for the best output; 1: always the likeliest token
     length_penalty: float = 1.0  # the score is the log-probability over ((5 + tokens) / 6) to this power
+    coverage_penalty: float = 0.0  # of what is left unread: times the source tokens' sum of log(min(attention, 1))
 
     def __post_init__(self):
         if self.layers < 0 or self.max_length < 2 or self.beams < 1:
@@ -157,6 +158,8 @@ class DecoderConfig:
                 "decoder.layers must not be negative, decoder.max_length at least 2 and decoder.beams at least 1, not "
                 f"{self.layers}, {self.max_length} and {self.beams}"
             )
+        if self.coverage_penalty < 0:
+            raise UserError(f"decoder.coverage_penalty must not be negative, not {self.coverage_penalty}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"decoder.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
 

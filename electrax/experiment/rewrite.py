@@ -119,6 +119,7 @@ def decoder_fields(config: FinetuneConfig, vocab_size: int, head: dict[str, Any]
         "most": d.max_length,
         "beams": d.beams,
         "length_penalty": d.length_penalty,
+        "coverage_penalty": d.coverage_penalty,
     }
 
 

@@ -43,10 +43,14 @@ def dot_product_attention(
     if implementation != "plain" and (seed is None or dropout_rate == 0.0):
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
         return jax.nn.dot_product_attention(q, k, v, mask=full, implementation=implementation)
-    scores = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    weights = dropout(weights, dropout_rate, seed).astype(v.dtype)
+    weights = dropout(attention_weights(q, k, mask), dropout_rate, seed).astype(v.dtype)
     return jnp.einsum("bhlm,bmhk->blhk", weights, v)
+
+
+def attention_weights(q: Float[Array, "B T H K"], k: Float[Array, "B L H K"], mask: Mask) -> Float[Array, "B H T L"]:
+    """softmax(q kᵀ / √K + mask) in float32: what each query takes of each key."""
+    scores = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
 def rotate(x: Float[Array, "B L H K"], positions: Int[Array, "B L"]) -> Float[Array, "B L H K"]:
@@ -108,7 +112,8 @@ class SelfAttention(nn.Module):
 
 class CrossAttention(nn.Module):
     """Multi-head attention of one text to another, [B, T, D] and its `memory` [B, S, D] -> [B, T, D]. The memory may be
-    given as its keys and values, which are the same at every step of decoding."""
+    given as its keys and values, which are the same at every step of decoding. Who asks for the collection `attended`
+    gets the weights, the heads' mean, [B, T, S]."""
 
     width: int
     heads: int
@@ -133,9 +138,11 @@ class CrossAttention(nn.Module):
         mask: MemoryMask,
         seed: Seed | None = None,
     ) -> Float[Array, "B T D"]:
-        memory = memory if isinstance(memory, KeyValues) else self.project(memory)
+        memory, query = memory if isinstance(memory, KeyValues) else self.project(memory), self.query(x)
+        if self.is_mutable_collection("attended") and not self.is_initializing():
+            self.sow("attended", "weights", jnp.mean(attention_weights(query, memory.keys, mask), axis=1))
         mixed = dot_product_attention(
-            self.query(x), *memory, mask, implementation=self.implementation, dropout_rate=self.dropout_rate, seed=seed
+            query, *memory, mask, implementation=self.implementation, dropout_rate=self.dropout_rate, seed=seed
         )
         return self.output(mixed)
 

@@ -125,13 +125,14 @@ def beam_search(
     beams: int,
     n_best: int = 1,
     length_penalty: float = 1.0,
+    penalty: Callable[[Cache], Float[Array, "R"]] | None = None,
 ) -> Decoded:
     """The `n_best` best of `beams` continuations of each row [B, n_best, T], the best first.
 
     A continuation ends with `end_id` or has `length` tokens. Its score is its log-probability divided by
-    ((5 + tokens) / 6) ** length_penalty (Wu et al. 2016, section 7). The rows of `cache` are those of `first` times
-    `beams`, the beams of a row together. A row is done, whatever is beside it, when none of its live beams would come
-    among its `n_best` if it ended now.
+    ((5 + tokens) / 6) ** length_penalty (Wu et al. 2016, section 7), and what `penalty`, at most 0, makes of the cache
+    at its end is added. The rows of `cache` are those of `first` times `beams`, the beams of a row together. A row is
+    done, whatever is beside it, when none of its live beams would come among its `n_best` if it ended now.
     """
     rows = first.shape[0]
 
@@ -146,7 +147,10 @@ def beam_search(
         longer = jax.lax.dynamic_update_slice_in_dim(longer, tokens[:, :, None], i, axis=2)
         over = (tokens == end_id) | (i + 1 == length)
         counts = over & (scores > LOWEST) & ~done[:, None]
-        ended = jnp.where(counts, normalised(scores, i + 1), LOWEST)
+        final = normalised(scores, i + 1)
+        if penalty is not None:
+            final += jnp.take_along_axis(penalty(cache).reshape(rows, beams), parents, axis=1)
+        ended = jnp.where(counts, final, LOWEST)
         best, order = jax.lax.top_k(jnp.concatenate([best, ended], axis=1), beams)
         kept = jnp.take_along_axis(jnp.concatenate([kept, longer], axis=1), order[:, :, None], axis=1)
         live, order = jax.lax.top_k(jnp.where(over, LOWEST, scores), beams)

@@ -237,7 +237,8 @@ class Encoder(nn.Module):
 
     A decoder is one too: with a mask that looks back, and perhaps a `memory` to read beside, the hidden states of
     another text or in `memory` one KeyValues a layer. With the `cache` of every layer, and `start` as in SelfAttention,
-    it returns (hidden states, cache).
+    it returns (hidden states, cache). Who asks for the collection `attended` gets the last layer's attention to the
+    memory, `weights` [B, T, S].
     """
 
     config: EncoderConfig
@@ -278,10 +279,15 @@ class Encoder(nn.Module):
         else:  # `param` would trace each layer's initialisation again, to check its shapes
             layers = [self.get_variable("params", name) for name in names]
 
+        watched = ["attended"] if self.is_mutable_collection("attended") and not self.is_initializing() else []
+
         def apply(x, layer):
             params, seed, own, cache = layer
             own = memory if own is None else own
-            return block.apply({"params": params}, x, mask, positions, seed, own, memory_mask, cache, start)
+            (x, cache), seen = block.apply(
+                {"params": params}, x, mask, positions, seed, own, memory_mask, cache, start, mutable=watched
+            )
+            return x, (cache, seen)
 
         if c.remat:
             policies = jax.checkpoint_policies
@@ -300,5 +306,7 @@ class Encoder(nn.Module):
             for layer in each:
                 x, written = apply(x, layer)
                 kept.append(written)
+        if watched:
+            self.sow("attended", "weights", kept[-1][1]["attended"]["cross_attention"]["weights"][0])
         x = c.norm("final_norm")(x) if c.traits.pre_norm else x
-        return x if cache is None else (x, kept)
+        return x if cache is None else (x, [cache for cache, _ in kept])

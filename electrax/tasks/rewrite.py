@@ -44,6 +44,7 @@ class RewriteTask(FinetuneTask):
     most: int = 64
     beams: int = 4
     length_penalty: float = 1.0
+    coverage_penalty: float = 0.0
     tokenizer: Tokenizer | None = dataclasses.field(default=None, repr=False, compare=False)  # the target's
     references: Sequence[tuple[str, ...]] = dataclasses.field(default=(), repr=False, compare=False)  # of the dev rows
 
@@ -154,31 +155,48 @@ class RewriteTask(FinetuneTask):
     def rewrite(self, params: Params, ids: Int[Array, "B S"], beams: int | None = None, n_best: int = 1) -> Decoded:
         """The `n_best` best outputs of each source, [B, n_best, most]; one beam is greedy decoding."""
         beams = beams or self.beams
-        step, cache, first = self._start(params, ids, beams)
+        covers = beams > 1 and self.coverage_penalty > 0
+        step, cache, first = self._start(params, ids, beams, covers)
         if beams == 1:
             found = decode(step, cache, first, self.most, self.end_id, self.target_pad_id)
             return jax.tree.map(lambda leaf: leaf[:, None], found)
         return beam_search(
             step, cache, first, self.most, self.end_id, self.target_pad_id,
-            beams=beams, n_best=n_best, length_penalty=self.length_penalty,
+            beams=beams, n_best=n_best, length_penalty=self.length_penalty, penalty=self._coverage if covers else None,
         )  # fmt: skip
 
-    def _start(self, params: Params, ids: Int[Array, "B S"], beams: int):
-        """The step of decoding, the empty cache, and the first tokens; `beams` rows of the cache for each source."""
+    def _coverage(self, cache: Any) -> Float[Array, "R"]:
+        """What of the source an output left unread costs it: the sum over the source's tokens of log(min(attention that
+        the token got, 1)), times the `coverage_penalty` (Wu et al. 2016, section 7)."""
+        _, (attended, real) = cache
+        missing = jnp.log(jnp.clip(attended, jnp.finfo(jnp.float32).tiny, 1.0))
+        return self.coverage_penalty * jnp.sum(jnp.where(real, missing, 0.0), axis=-1)
+
+    def _start(self, params: Params, ids: Int[Array, "B S"], beams: int, covers: bool = False):
+        """The step of decoding, the empty cache, and the first tokens; `beams` rows of the cache for each source. If it
+        `covers`, the cache has beside the layers' what the last layer has read of each source token so far, and which
+        tokens are real."""
         c, table, layers = self.decoder, {"params": params[self._table]}, self.decoder_params(params)
         rows, repeat = ids.shape[0], functools.partial(jnp.repeat, repeats=beams, axis=0)
         memory = jax.tree.map(repeat, project_memory(c, layers, self.hidden(params, ids)))
         memory_mask = repeat(padding_mask(ids != self.pad_id))
         empty = jnp.zeros((rows * beams, self.most, c.heads, c.width // c.heads), c.dtype)
         cache = [KeyValues(empty, empty)] * c.layers
+        if covers:
+            cache = cache, (jnp.zeros(memory_mask[:, 0, 0].shape), memory_mask[:, 0, 0])
 
         def step(cache, tokens, place):
+            cache, coverage = cache if covers else (cache, None)
             positions = jnp.broadcast_to(place, (tokens.shape[0], 1))
             embedded = Embeddings(c).apply(table, tokens[:, None], None, positions)
             mask = jnp.broadcast_to(jnp.arange(self.most) <= place, (tokens.shape[0], 1, 1, self.most))
-            hidden, cache = Encoder(c).apply(
-                {"params": layers}, embedded, mask, positions, None, memory, memory_mask, cache, place
-            )
+            (hidden, cache), seen = Encoder(c).apply(
+                {"params": layers}, embedded, mask, positions, None, memory, memory_mask, cache, place,
+                mutable=["attended"] if covers else [],
+            )  # fmt: skip
+            if covers:
+                attended, real = coverage
+                cache = cache, (attended + seen["attended"]["weights"][0][:, 0], real)
             logits = self.head().apply({"params": params["head"]}, hidden, table["params"]["word"])
             return logits[:, 0], cache
 

@@ -62,6 +62,34 @@ def test_a_beam_wide_enough_finds_the_best_of_all_continuations():
             assert (ids[length:] == FILL).all()
 
 
+def test_what_the_cache_says_at_the_end_of_a_continuation_is_added_to_its_score():
+    """Each token 2 but the last costs 1.5, which the cache counts."""
+    table, beams = bigrams(1), VOCABULARY**LENGTH
+    first = np.array([2, 3, 2], np.int32)
+    plain = step_of(table)
+
+    def step(cache, tokens, place):
+        rows, twos = cache
+        return plain(rows, tokens, place)[0], (rows, twos + (tokens == 2))
+
+    search = jax.jit(
+        lambda first, rows: beam_search(
+            step, (rows, jnp.zeros(len(rows))), first, LENGTH, END, FILL,
+            beams=beams, n_best=5, length_penalty=0.0, penalty=lambda cache: -1.5 * cache[1],
+        )
+    )  # fmt: skip
+    found = search(first, jnp.repeat(jnp.arange(3), beams))
+    for row in range(3):
+        every = [
+            (score - 1.5 * (first[row], *tokens[:-1]).count(2), tokens)
+            for score, tokens in all_continuations(table[row], first[row])
+        ]
+        expected = sorted(every, reverse=True)[:5]
+        np.testing.assert_allclose(found.scores[row], [score for score, _ in expected], rtol=1e-5)
+        for ids, length, (_, tokens) in zip(found.ids[row], found.lengths[row], expected, strict=True):
+            assert tuple(ids[:length].tolist()) == tokens
+
+
 def plain_beam_search(table: np.ndarray, first: int, beams: int, penalty: float) -> tuple[float, tuple[int, ...]]:
     """With lists and no arrays: the `beams` likeliest are kept, what ends among the 2 x beams likeliest counts, and the
     search is over when the likeliest beam would not be the best by ending now."""

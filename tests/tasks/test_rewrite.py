@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from electrax.models.encoder import EncoderConfig
+from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
 from electrax.tasks.rewrite import RewriteTask
 from electrax.training.sharding import spec_of
 
@@ -74,8 +74,47 @@ def test_a_beams_score_is_what_the_training_logits_give_its_tokens(body):
         assert scores == sorted(scores, reverse=True)
 
 
+@BODIES
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_source_tokens_that_a_beam_has_not_read_cost_it_the_coverage_penalty(body, scan_layers):
+    plain = task_of(body, beams=3, coverage_penalty=0.0)
+    task = task_of(body, beams=3, coverage_penalty=0.5)
+    task = dataclasses.replace(task, decoder=dataclasses.replace(task.decoder, scan_layers=scan_layers))
+    params = params_of(task)
+    found = jax.jit(lambda params, ids: task.rewrite(params, ids, n_best=3))(params, IDS)
+    without = jax.jit(lambda params, ids: plain.rewrite(params, ids, n_best=3))(params, IDS)
+    assert not np.allclose(found.scores, without.scores, atol=0.1)
+    for row, real in enumerate([5, 3]):
+        scores = []
+        for beam in range(3):
+            tokens = found.ids[row, beam, : found.lengths[row, beam]].tolist()
+            target = np.array([[CLS, *tokens]], np.int32)
+            logits = logits_of(task, params, IDS[row : row + 1], target)[0]
+            each = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            total = sum(each[place, token] for place, token in enumerate(tokens))
+            read = attention_of(task, params, IDS[row : row + 1, :real], target[:, :-1]).sum(0)
+            scores.append(total / ((5 + len(tokens)) / 6) + 0.5 * np.log(np.minimum(read, 1.0)).sum())
+        np.testing.assert_allclose(found.scores[row], scores, rtol=1e-4)
+        assert scores == sorted(scores, reverse=True)
+
+
+def attention_of(task: RewriteTask, params: dict, ids: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """What the last layer of the decoder takes of each source token at each target token [T, S], without a cache."""
+    memory = task.hidden(params, jnp.asarray(ids))
+    embedded = Embeddings(task.decoder).apply({"params": params["embeddings"]}, jnp.asarray(target))
+    looks_back = jnp.tril(jnp.ones((target.shape[1],) * 2, bool))[None, None]
+    all_real = jnp.ones((1, 1, 1, ids.shape[1]), bool)
+    decoder = {"params": params["decoder"]}
+    _, seen = Encoder(task.decoder).apply(
+        decoder, embedded, looks_back, None, None, memory, all_real, mutable=["attended"]
+    )
+    weights = np.asarray(seen["attended"]["weights"][0][0], np.float64)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+    return weights
+
+
 def test_an_output_depends_on_no_other_row_and_on_no_padding():
-    task = task_of(beams=3)
+    task = task_of(beams=3, coverage_penalty=0.2)
     params = params_of(task)
     rewrite = jax.jit(task.rewrite)
     together = rewrite(params, IDS)
