@@ -56,7 +56,7 @@ def translator(tmp_path_factory):
         "--model.body=modern",
     ]
     words += ["--model.dropout=0", "--model.attention_dropout=0"]
-    config = config_of(folder, tokenizer="bpe", vocab_size=300)
+    config = config_of(folder, tokenizer="bpe", vocab_size=300, coverage_penalty=0.1)
     status, output = call("finetune", config, *words)
     assert status == 0
     return folder / "run", output
@@ -69,7 +69,9 @@ def test_a_small_decoder_learns_to_rewrite_its_training_pairs(translator):
     assert results["score"] > 90
     assert "tok:13a" in output and "texts of " in output
     assert {row["metric"] for row in results["signature"]} == {"bleu", "chrf"}
-    assert electrax.load(workdir).rewrite([pair[0] for pair in PAIRS]) == [pair[1] for pair in PAIRS]
+    model = electrax.load(workdir)
+    assert model.task.coverage_penalty == 0.1
+    assert model.rewrite([pair[0] for pair in PAIRS]) == [pair[1] for pair in PAIRS]
 
 
 def test_predict_writes_the_outputs_in_order_and_as_many_as_are_wanted(translator, tmp_path):
@@ -156,6 +158,7 @@ def test_a_translator_is_exported_with_both_vocabularies_and_to_no_other_library
     ("options", "message"),
     [
         (["--decoder.beams=400"], "decoder.beams 400 is more than the [0-9]+ tokens of the vocabulary"),
+        (["--decoder.coverage_penalty=-1"], "decoder.coverage_penalty must not be negative, not -1"),
         (["--decoder.max_length=64"], "decoder.max_length 64 is more than the model's 32"),
         (["--decoder.weights=shared", "--decoder.layers=3"], 'decoder.weights "shared" needs as many layers'),
         (["--data.label=missing"], "dev.missing: no such file"),
