@@ -112,11 +112,12 @@ def run_by_length(
     return run(one, by_length([len(row) for row in columns[0][0]]))
 
 
-def warm_up(forward: Callable[..., Any], columns: int, most: int, longest: int | None) -> int:
-    """Runs `forward` on every shape that rows of up to `longest` tokens come in (None, and at most: `most`); returns
-    how many these are. No later call compiles."""
-    longest = padded_length(min(longest or most, most))
-    steps = [n for n in LADDER if n <= longest] + list(range(2 * LADDER[-1], longest + 1, LADDER[-1]))
+def warm_up(forward: Callable[..., Any], columns: int, most: int, longest: int | None, shortest: int = 0) -> int:
+    """Runs `forward` on every shape that rows of `shortest` to `longest` tokens come in (None, and at most: `most`);
+    returns how many these are. No later call compiles."""
+    longest = padded_length(min(max(longest or most, shortest), most))
+    steps = [*LADDER, *range(2 * LADDER[-1], longest + 1, LADDER[-1])]
+    steps = [n for n in steps if min(shortest, longest) <= n <= longest]
     shapes = {(rows, min(length, most)) for length in steps for rows in row_counts(length, batch_tokens())}
     ones = ([np.ones(shape, np.int32)] * columns for shape in sorted(shapes))
     return sum(1 for _ in run(lambda arrays: jax.block_until_ready(forward(*arrays)), ones))

@@ -13,7 +13,7 @@ from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.batching import compiled, pad, padded_length, run_by_length, warm_up
 from electrax.inference.generation import CausalModel, Continuation
-from electrax.inference.packing import pooled, run_packed
+from electrax.inference.packing import SHORTEST_ROW, pooled, run_packed
 from electrax.inference.template import TemplateClassifier
 from electrax.models.decoding import LOWEST
 from electrax.models.discriminator import Discriminator
@@ -86,7 +86,8 @@ class PretrainedModel:
         With the `pooling` mean or cls one vector a text [B, D], which does not depend on the other texts: the mean over
         all of its tokens, [CLS] and [SEP] too, or that of [CLS]. A text of more than `max_length` tokens is a
         UserError, or cut with `truncate`. `packed` computes several short texts in one row, with the same result: fewer
-        programs are compiled, one or two of each length of row, but on a CPU rows of the texts' own lengths are faster.
+        programs are compiled, two or three for each length of row, but on a CPU rows of the texts' own lengths are
+        faster.
         """
         rows = self._rows("encode", texts, truncate)
         self._check_pooling(pooling)
@@ -111,12 +112,13 @@ class PretrainedModel:
                     out[numbers, :length] = found[:, :length]
         return out
 
-    def warm_up(self, pooling: str | None = None, longest: int | None = None) -> int:
-        """Compiles what `encode` needs with this pooling for texts of up to `longest` tokens (None: of any length), so
-        that no later call does; returns how many programs these are. Seconds for each, less where they are in JAX's
-        compilation cache."""
+    def warm_up(self, pooling: str | None = None, longest: int | None = None, packed: bool = False) -> int:
+        """Compiles what `encode` needs with this pooling, `packed` or not, for texts of up to `longest` tokens (None:
+        of any length), so that no later call does; returns how many programs these are. Seconds for each, less where
+        they are in JAX's compilation cache."""
         self._check_pooling(pooling)
-        return warm_up(self._forward(pooling), 1, self.max_length, longest)
+        columns, shortest = (3, SHORTEST_ROW) if packed else (1, 0)
+        return warm_up(self._forward(pooling), columns, self.max_length, longest, shortest)
 
     def detect(self, text: str) -> list[Token]:
         """Each token of the text with the probability that it was replaced."""

@@ -166,6 +166,15 @@ def test_packed_texts_get_what_they_get_in_rows_of_their_own(model, pooling):
     np.testing.assert_allclose(packed, model.encode(MIXED, pooling), atol=1e-5, rtol=0)
 
 
+def test_packed_texts_come_in_few_shapes_that_can_be_compiled_before(tokenizer):
+    model = make_model(tokenizer)
+    assert model.warm_up("mean", packed=True) == 3  # 1, 2 and 10 rows of 48 tokens
+    with compilations() as found:
+        for some in (["cat"], MIXED, ["cat " * n for n in range(46)] * 10):
+            model.encode(some, "mean", packed=True)
+    assert not found
+
+
 def test_packed_texts_of_a_causal_model_see_nothing_of_those_before_them(tokenizer):
     model = make_model(tokenizer, "mlm")
     model = PretrainedModel(model.params, tokenizer, model.generator, None, LENGTH, generator_kind="causal")
