@@ -279,14 +279,15 @@ class Encoder(nn.Module):
         else:  # `param` would trace each layer's initialisation again, to check its shapes
             layers = [self.get_variable("params", name) for name in names]
 
-        watched = ["attended"] if self.is_mutable_collection("attended") and not self.is_initializing() else []
+        watched = self.is_mutable_collection("attended") and not self.is_initializing() and ["attended"]
 
         def apply(x, layer):
             params, seed, own, cache = layer
             own = memory if own is None else own
-            (x, cache), seen = block.apply(
+            found = block.apply(
                 {"params": params}, x, mask, positions, seed, own, memory_mask, cache, start, mutable=watched
             )
+            (x, cache), seen = found if watched else (found, None)
             return x, (cache, seen)
 
         if c.remat:
