@@ -61,7 +61,8 @@ def measure(config: FinetuneConfig) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--init_from", required=True, help="work directory of a pretraining")
     parser.add_argument("--glue", default="../shared/data/glue")
     parser.add_argument("--wnut17", default="../shared/data/ner/wnut17")

@@ -279,7 +279,7 @@ class Encoder(nn.Module):
         else:  # `param` would trace each layer's initialisation again, to check its shapes
             layers = [self.get_variable("params", name) for name in names]
 
-        watched = self.is_mutable_collection("attended") and not self.is_initializing() and ["attended"]
+        watched = ["attended"] if self.is_mutable_collection("attended") and not self.is_initializing() else False
 
         def apply(x, layer):
             params, seed, own, cache = layer
