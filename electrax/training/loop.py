@@ -64,9 +64,10 @@ def train(
     """Trains from `state` (whose buffers it takes over) to `steps` updates.
 
     The order of the body is law: evaluate the old state, save it, take the next batch, step, log the steps before. So
-    data advances only after saving, the position in the data is the step, and the host never waits for the step it has
-    just started. After `patience` evaluations without a better score (0: never) training ends. Raises NonFiniteLoss
-    after more than `max_skipped` steps in a row without an update, or Interrupted once `stop()` is true.
+    data advances only after saving, the position in the data is the step, and the host never waits for the call it has
+    just made, but for the one before: a stop is never further away than two calls. After `patience` evaluations without
+    a better score (0: never) training ends. Raises NonFiniteLoss after more than `max_skipped` steps in a row without
+    an update, or Interrupted once `stop()` is true.
 
     `feed` gives the batch of a step, or of `steps_per_dispatch` steps, stacked, which `step_function.several` takes in
     one call. Without `step_function` every step is yielded as a Request and its result must be sent, as by `lockstep`.
@@ -97,6 +98,7 @@ def train(
             raise Interrupted(step)
         if last:
             return
+        window.wait()
         finished = window.finished()  # before the step: on a CPU it is over when the call returns
         count = 1
         if step_function is None:
@@ -138,6 +140,11 @@ class _Window:
     def reopen(self) -> None:
         """Time goes on counting: evaluation and saving are not training time."""
         self.opened = time.perf_counter()
+
+    def wait(self) -> None:
+        """Until all calls but the last are over; JAX alone would let the host run tens of calls ahead."""
+        if len(self.results) > 1:
+            jax.block_until_ready(self.results[-2][0])
 
     def finished(self) -> float | None:
         """The time, if all steps so far are over."""

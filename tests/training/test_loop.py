@@ -305,6 +305,15 @@ def test_the_time_of_a_window_is_that_of_its_own_steps(tmp_path):
     assert logs[0].figures["seconds"] >= 0.2 and logs[1].figures["seconds"] >= 0.05
 
 
+def test_no_step_begins_before_all_but_the_last_are_over(tmp_path, monkeypatch):
+    fake = Fake(tmp_path, losses=[0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(jax, "block_until_ready", lambda loss: fake.events.append(f"step {loss:.0f} is over"))
+    list(fake.records(4))
+    assert [event for event in fake.events if event.startswith("step")] == [
+        *("step 0", "step 1", "step 0 is over", "step 2", "step 1 is over", "step 3"),
+    ]
+
+
 # -- several steps in one call ----------------------------------------------------------------------------------------
 
 
