@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from electrax.models.attention import CrossAttention, Implementation, KeyValues, Mask, MemoryMask, SelfAttention
 from electrax.models.dropout import Seed, dropout, fold
@@ -265,20 +265,9 @@ class Encoder(nn.Module):
             init = nn.initializers.glorot_uniform()
             x = Linear(c.width, dtype=c.dtype, kernel_init=init, name="embeddings_project")(x)
         block = Block(c)
-        names = [f"layer_{i}" for i in range(c.layers)]
         memories = memory if isinstance(memory, list) else [None] * c.layers  # of each layer
         memory = None if isinstance(memory, list) else memory
-        if self.is_initializing():
-            # all at once: the initialisers of one layer are compiled, not those of every layer
-            keys = jax.random.split(self.make_rng("params"), c.layers)
-            drawn = jax.vmap(lambda key: block.init(key, x, mask, positions, None, memory, memory_mask)["params"])(keys)
-            layers = [
-                self.param(name, lambda _, i=i: jax.tree.map(lambda leaf: leaf[i], drawn))
-                for i, name in enumerate(names)
-            ]
-        else:  # `param` would trace each layer's initialisation again, to check its shapes
-            layers = [self.get_variable("params", name) for name in names]
-
+        layers = self._layers(lambda key: block.init(key, x, mask, positions, None, memory, memory_mask)["params"])
         watched = ["attended"] if self.is_mutable_collection("attended") and not self.is_initializing() else False
 
         def apply(x, layer):
@@ -311,3 +300,14 @@ class Encoder(nn.Module):
             self.sow("attended", "weights", kept[-1][1]["attended"]["cross_attention"]["weights"][0])
         x = c.norm("final_norm")(x) if c.traits.pre_norm else x
         return x if cache is None else (x, [cache for cache, _ in kept])
+
+    def _layers(self, draw: Callable[[Key[Array, ""]], Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The parameters of each layer; where there are none yet, `draw` makes one's of a key."""
+        names = [f"layer_{i}" for i in range(self.config.layers)]
+        if not self.is_initializing():  # `param` would trace each layer's initialisation again, to check its shapes
+            return [self.get_variable("params", name) for name in names]
+        # all at once: the initialisers of one layer are compiled, not those of every layer
+        drawn = jax.vmap(draw)(jax.random.split(self.make_rng("params"), len(names)))
+        return [
+            self.param(name, lambda _, i=i: jax.tree.map(lambda leaf: leaf[i], drawn)) for i, name in enumerate(names)
+        ]
