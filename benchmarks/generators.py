@@ -86,8 +86,7 @@ def fine_tuned(arguments: argparse.Namespace, kind: str, first: pathlib.Path, ta
     if read_results(workdir) is None:
         options = [
             f"--workdir={workdir}", f"--init_from={first}", f"--data.path={arguments.data}/{TASKS[task]}",
-            f"--data.limit={arguments.rows}", f"--seeds={arguments.seeds}", "--data.max_length=64", "--epochs=3",
-            "--optimizer.learning_rate=1e-3", "--optimizer.layer_decay=1",
+            f"--data.limit={arguments.rows}", f"--seeds={arguments.seeds}", "--data.max_length=64", "--epochs=5",
         ]  # fmt: skip
         config = load(FinetuneConfig, find_config(task, "finetune"), options)
         if finetune_and_report(config, "the same command"):
@@ -106,7 +105,7 @@ def main() -> None:
     kinds = (START, *KINDS)
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--rows", type=int, default=2000, help="of each task")
+    parser.add_argument("--rows", type=int, default=8000, help="of each task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="generators.json", help="in benchmarks/results")
     arguments = parser.parse_args()
