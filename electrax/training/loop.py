@@ -99,7 +99,7 @@ def train(
         if last:
             return
         window.wait()
-        finished = window.finished()  # before the step: on a CPU it is over when the call returns
+        finished = window.finished()  # before the step, which a CPU may have taken when the call returns
         count = 1
         if step_function is None:
             state, loss, metrics = yield Request(step, state, feed(step, 1))
