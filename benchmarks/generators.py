@@ -27,7 +27,7 @@ from electrax.report.pretrain import pretrain_and_report
 
 KINDS = ("causal", "hybrid", "masked", "uniform")
 START = "the start alone"
-TASKS = {"sst2": "glue", "cola": "glue", "upos": "tagging/ud_english_ewt"}
+TASKS = {"sst2": "glue", "cola": "glue", "stsb": "glue", "upos": "tagging/ud_english_ewt"}
 
 
 def pretraining(arguments: argparse.Namespace, kind: str) -> PretrainConfig:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from electrax.models.dropout import Seed, dropout
 from electrax.models.linear import Linear
+from electrax.models.products import between, product
 
 Implementation = Literal["plain", "xla", "cudnn"]
 Mask = Bool[Array, "B 1 Q L"]  # True = attend; Q is 1 when every query of a row sees the same keys
@@ -33,8 +34,9 @@ def dot_product_attention(
     implementation: Implementation = "plain",
     dropout_rate: float = 0.0,
     seed: Seed | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B T H K"]:
-    """softmax(q kᵀ / √K + mask) v, with the softmax in float32.
+    """softmax(q kᵀ / √K + mask) v, with the softmax in float32 and the products in `dtype`.
 
     A masked key gets a weight of exactly 0 (the reference adds -10000, which underflows to the same 0). A query that
     may attend to nothing returns an unspecified finite value. Dropout on the weights always takes the plain path, the
@@ -42,14 +44,17 @@ def dot_product_attention(
     """
     if implementation != "plain" and (seed is None or dropout_rate == 0.0):
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
-        return jax.nn.dot_product_attention(q, k, v, mask=full, implementation=implementation)
-    weights = dropout(attention_weights(q, k, mask), dropout_rate, seed).astype(v.dtype)
-    return jnp.einsum("bhlm,bmhk->blhk", weights, v)
+        operands = (x.astype(dtype) for x in (q, k, v))
+        return jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation).astype(between(dtype))
+    weights = dropout(attention_weights(q, k, mask, dtype), dropout_rate, seed)
+    return product("bhlm,bmhk->blhk", weights, v, dtype)
 
 
-def attention_weights(q: Float[Array, "B T H K"], k: Float[Array, "B L H K"], mask: Mask) -> Float[Array, "B H T L"]:
+def attention_weights(
+    q: Float[Array, "B T H K"], k: Float[Array, "B L H K"], mask: Mask, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "B H T L"]:
     """softmax(q kᵀ / √K + mask) in float32: what each query takes of each key."""
-    scores = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = product("blhk,bmhk->bhlm", q, k, dtype, jnp.float32) * q.shape[-1] ** -0.5
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
@@ -96,17 +101,16 @@ class SelfAttention(nn.Module):
         qkv = linear((self.heads, 3, width // self.heads), kernel_init=self.kernel_init, name="qkv")(x)
         q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         if self.qk_norm:
-            q = nn.RMSNorm(dtype=self.dtype, name="query_norm")(q)
-            k = nn.RMSNorm(dtype=self.dtype, name="key_norm")(k)
+            q = nn.RMSNorm(dtype=between(self.dtype), name="query_norm")(q)
+            k = nn.RMSNorm(dtype=between(self.dtype), name="key_norm")(k)
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
         if cache is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             cache = KeyValues(write(cache.keys, k), write(cache.values, v))
             k, v = cache
-        mixed = dot_product_attention(
-            q, k, v, mask, implementation=self.implementation, dropout_rate=self.dropout_rate, seed=seed
-        )
+        choices = {"implementation": self.implementation, "dropout_rate": self.dropout_rate, "dtype": self.dtype}
+        mixed = dot_product_attention(q, k, v, mask, seed=seed, **choices)
         return linear(width, inputs=2, kernel_init=self.output_init, name="output")(mixed), cache
 
 
@@ -140,10 +144,9 @@ class CrossAttention(nn.Module):
     ) -> Float[Array, "B T D"]:
         memory, query = memory if isinstance(memory, KeyValues) else self.project(memory), self.query(x)
         if self.is_mutable_collection("attended") and not self.is_initializing():
-            self.sow("attended", "weights", jnp.mean(attention_weights(query, memory.keys, mask), axis=1))
-        mixed = dot_product_attention(
-            query, *memory, mask, implementation=self.implementation, dropout_rate=self.dropout_rate, seed=seed
-        )
+            self.sow("attended", "weights", jnp.mean(attention_weights(query, memory.keys, mask, self.dtype), axis=1))
+        choices = {"implementation": self.implementation, "dropout_rate": self.dropout_rate, "dtype": self.dtype}
+        mixed = dot_product_attention(query, *memory, mask, seed=seed, **choices)
         return self.output(mixed)
 
     def project(self, memory: Float[Array, "B S D"]) -> KeyValues:

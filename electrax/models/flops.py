@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from electrax.models.encoder import EncoderConfig
+from electrax.models.products import product
 
 # dense bf16 FLOP/s by the vendors' data sheets, by a part of the name JAX gives the device
 PEAKS = {
@@ -23,19 +24,20 @@ PEAKS = {
 
 
 @functools.cache
-def peak_flops(device: jax.Device) -> float:
-    """FLOP/s that utilisation is measured against: known by name, else that of a float32 matrix product, timed once."""
+def peak_flops(device: jax.Device, dtype: str = "float32") -> float:
+    """FLOP/s that utilisation is measured against: known by name, else that of a matrix product in `dtype`, timed
+    once."""
     for name, peak in PEAKS.items():
         if name in device.device_kind:
             return peak
     size = 1024
-    x = jax.device_put(jnp.ones((size, size)), device)
-    product = jax.jit(lambda a: a @ a)
-    product(x).block_until_ready()
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    square = jax.jit(lambda a: product("ij,jk->ik", a, a, dtype))
+    square(x).block_until_ready()
     best = float("inf")
     for _ in range(24):
         start = time.perf_counter()
-        product(x).block_until_ready()
+        square(x).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

@@ -11,6 +11,7 @@ from electrax.models.dropout import Seed, fold
 from electrax.models.encoder import Encoder, EncoderConfig, gelu
 from electrax.models.linear import Linear
 from electrax.models.masks import one_way_mask, sees_neighbour
+from electrax.models.products import product
 
 # masked: a masked LM. causal: a left-to-right LM. hybrid: one that is both, each for some of the rows (GPT-BERT).
 # two_tower: one reads forwards, one backwards, none sees the token it predicts (Electric's).
@@ -42,7 +43,8 @@ class MaskedLMHead(nn.Module):
     def logits(self, x: Float[Array, "B N E"], word: Float[Array, "V E"]) -> Float[Array, "B N V"]:
         """Padded entries get the lowest float32, so that they can be neither predicted nor sampled."""
         c = self.config
-        logits = jnp.einsum("bne,ve->bnv", x, word.astype(c.dtype), preferred_element_type=jnp.float32)
+        logits = product("ne,ve->nv", x.reshape(-1, x.shape[-1]), word, c.dtype, jnp.float32)
+        logits = logits.reshape(*x.shape[:-1], -1)
         # the lowest number swallows whatever is added to it: a choice of B x N x V values costs more than one of V
         is_token = jnp.arange(c.padded_vocab_size) < c.vocab_size
         bias = jnp.zeros(c.padded_vocab_size) if c.traits.bare else self.output_bias

@@ -45,7 +45,7 @@ class ModelConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     attention: Implementation = "plain"  # xla and cudnn: jax.nn.dot_product_attention's, without attention dropout
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and losses are float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights and losses are float32
     lookup_gradient: LookupGradient = "auto"  # of the word table: scatter, or sums within a row first (auto: on CUDA)
     scan_layers: bool | None = None  # compiles one layer instead of all, slower to run; None: where they are over 12
     remat: bool = False  # computes activations again in the backward pass, to save memory

@@ -260,7 +260,7 @@ def _track(run: Run, console: Console) -> Tracker | NoTracker:
 
 
 def _rates(run: Run):
-    peak = peak_flops(jax.devices()[0]) * len(jax.devices())
+    peak = peak_flops(jax.devices()[0], run.config.model.compute_dtype) * len(jax.devices())
 
     def rates(step: int, seconds: float, steps: int) -> dict[str, float]:
         return {

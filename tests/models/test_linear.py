@@ -28,8 +28,9 @@ def test_fans_of_the_initialiser_are_those_of_the_flat_product():
     assert params["bias"].shape == (2, 5) and not params["bias"].any()
 
 
-def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
+def test_bfloat16_rounds_both_sides_of_the_product_of_float32_parameters():
     linear = Linear(6, dtype=jnp.bfloat16)
     variables = linear.init(jax.random.key(0), X)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-    assert linear.apply(variables, X).dtype == jnp.bfloat16
+    x, kernel = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (X, variables["params"]["kernel"]))
+    np.testing.assert_allclose(linear.apply(variables, X), np.einsum("abcd,de->abce", x, kernel), rtol=1e-5, atol=1e-6)
