@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 # tokens a row is padded to; beyond: multiples of 512
-LADDER = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+LADDER = (*range(8, 128, 8), *range(128, 256, 32), *range(256, 513, 64))
 TOKENS = 512  # of a large batch: on one core its activations stay in the cache
 ACCELERATOR_TOKENS = 8192
 PASS = 32  # tokens that would take as long as what a batch of any size costs

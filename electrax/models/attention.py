@@ -47,14 +47,16 @@ def dot_product_attention(
         operands = (x.astype(dtype) for x in (q, k, v))
         return jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation).astype(between(dtype))
     weights = dropout(attention_weights(q, k, mask, dtype), dropout_rate, seed)
-    return product("bhlm,bmhk->blhk", weights, v, dtype)
+    return jnp.moveaxis(product("bhtl,bhlk->bhtk", weights, jnp.moveaxis(v, 2, 1), dtype), 1, 2)
 
 
 def attention_weights(
     q: Float[Array, "B T H K"], k: Float[Array, "B L H K"], mask: Mask, dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "B H T L"]:
     """softmax(q kᵀ / √K + mask) in float32: what each query takes of each key."""
-    scores = product("blhk,bmhk->bhlm", q, k, dtype, jnp.float32) * q.shape[-1] ** -0.5
+    # heads first, keys upright: from [B, L, H, K] as it is XLA's products on a CPU take longer
+    scores = product("bhtk,bhkl->bhtl", jnp.moveaxis(q, 2, 1), k.transpose(0, 2, 3, 1), dtype, jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 

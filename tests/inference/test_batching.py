@@ -22,7 +22,19 @@ from electrax.inference.batching import (
 
 @pytest.mark.parametrize(
     ("length", "padded"),
-    [(0, 8), (8, 8), (9, 16), (33, 40), (65, 80), (129, 160), (512, 512), (513, 1024), (1024, 1024), (1025, 1536)],
+    [
+        (0, 8),
+        (8, 8),
+        (9, 16),
+        (33, 40),
+        (65, 72),
+        (127, 128),
+        (129, 160),
+        (512, 512),
+        (513, 1024),
+        (1024, 1024),
+        (1025, 1536),
+    ],
 )
 def test_a_length_is_padded_to_the_next_of_few(length, padded):
     assert padded_length(length) == padded
