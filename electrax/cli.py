@@ -264,7 +264,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     reranker = load(config.reranker) if config.reranker else None
     if reranker is not None and not hasattr(reranker, "originality"):
         raise UserError(f"reranker {config.reranker}: expected a pretrained model")
-    for line in predict_lines(load(config.model), config, columns, reranker):
+    for line in predict_lines(load(config.model, config.compute_dtype or None), config, columns, reranker):
         print(line, flush=True)
     return 0
 

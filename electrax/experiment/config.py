@@ -243,6 +243,14 @@ def read_config(workdir: str | os.PathLike) -> AnyConfig:
     return build(PretrainConfig if values.get("task") == "pretrain" else FinetuneConfig, values, str(path))
 
 
+def computed_in(config: AnyConfig, compute_dtype: str | None) -> AnyConfig:
+    """With matrix products in float32 or bfloat16; None leaves them as they are. Another is a UserError."""
+    if compute_dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"compute_dtype: expected float32 or bfloat16, not {compute_dtype!r}")
+    changes = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
 def finished(workdir: str | os.PathLike) -> AnyPath:
     """Where the model is: the work directory itself, or of several seeds that of the best one."""
     workdir = path_of(workdir)

@@ -14,7 +14,14 @@ from electrax.config import UserError
 from electrax.data.examples import BadRows, Example
 from electrax.data.glue import GLUE
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment.config import NULL_THRESHOLDS, FinetuneConfig, PretrainConfig, finished, read_config
+from electrax.experiment.config import (
+    NULL_THRESHOLDS,
+    FinetuneConfig,
+    PretrainConfig,
+    computed_in,
+    finished,
+    read_config,
+)
 from electrax.experiment.examples import read_examples, targets_of, texts_of
 from electrax.experiment.foreign import as_workdir
 from electrax.experiment.head import keep_head, read_head, takes_head
@@ -349,10 +356,11 @@ def _start_notes(config: FinetuneConfig, head: dict[str, Any], tokenizer: Tokeni
 # -- afterwards --------------------------------------------------------------------------------------------------------
 
 
-def load(workdir: str | os.PathLike) -> "Classifier | Tagger | Reader | Rewriter":
+def load(workdir: str | os.PathLike, compute_dtype: str | None = None) -> "Classifier | Tagger | Reader | Rewriter":
     """A fine-tuned model with its tokenizer."""
     workdir = finished(workdir)
-    config, tokenizer, head = read_config(workdir), Tokenizer.load(workdir), read_head(workdir)
+    config = computed_in(read_config(workdir), compute_dtype)
+    tokenizer, head = Tokenizer.load(workdir), read_head(workdir)
     task = make_task(config, tokenizer, head, None)
     params, data = trained(workdir)[1], config.data
     match config.task:

@@ -16,7 +16,7 @@ from electrax.convert.onnx import export_onnx
 from electrax.convert.weights import write_tree
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment import finetune, pretrain
-from electrax.experiment.config import FinetuneConfig, PretrainConfig, finished, read_config
+from electrax.experiment.config import FinetuneConfig, PretrainConfig, computed_in, finished, read_config
 from electrax.experiment.foreign import REPORT_FILE, ConvertConfig, as_workdir, convert_foreign
 from electrax.experiment.head import read_head
 from electrax.experiment.rewrite import TARGET_FOLDER
@@ -34,14 +34,17 @@ from electrax.tasks.pretrain import PretrainTask
 from electrax.tasks.tag import TagTask
 
 
-def load(source: str | os.PathLike) -> PretrainedModel | Classifier | Tagger | Reader | Rewriter:
+def load(
+    source: str | os.PathLike, compute_dtype: str | None = None
+) -> PretrainedModel | Classifier | Tagger | Reader | Rewriter:
     """A trained model: from the work directory of a pretraining its newest whole checkpoint, of a fine-tuning the one
     its results were measured on (of several seeds the best); from a Hugging Face directory or `hub:NAME` (fetched
-    where the cache lacks it), or a TensorFlow checkpoint of ELECTRA or BERT."""
+    where the cache lacks it), or a TensorFlow checkpoint of ELECTRA or BERT. It computes in float32 or bfloat16, as
+    `compute_dtype` says or it was trained."""
     workdir = as_workdir(source)
-    config = read_config(workdir)
+    config = computed_in(read_config(workdir), compute_dtype)
     if isinstance(config, FinetuneConfig):
-        return finetune.load(workdir)
+        return finetune.load(workdir, compute_dtype)
     task, tokenizer, params = _pretrained(workdir, config)
     return PretrainedModel(
         params,

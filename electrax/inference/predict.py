@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from electrax.config import UserError
 from electrax.data.examples import BadRow, QuestionExample, TextExample, decode_lines, text_fault
@@ -34,6 +34,7 @@ class PredictConfig:
     text: tuple[str, ...] = ()  # columns of a table; default: as in training; question and context
     n_best: int = 1  # outputs of each text, of a model that writes texts
     reranker: str = ""  # the same; a pretrained model that puts the outputs in the order of their originality
+    compute_dtype: Literal["", "float32", "bfloat16"] = ""  # of matrix products; default: as in training
 
 
 def predict_lines(

@@ -357,3 +357,17 @@ def test_a_model_as_an_object_says_the_same(reader, numbers, reviews):
     assert found[3:] == pytest.approx((line["probability"], line["null_score"]), rel=1e-3)
     assert electrax.load(reviews).predict(["the film was good"])[0]["label"] == "yes"
     assert electrax.load(numbers).predict([("the cat", "a dog")])[0].keys() == {"value"}
+
+
+def test_a_model_computes_in_the_type_that_is_asked_for(reviews, tmp_path):
+    texts = ["the film was good", "a bad film"]
+    trained = electrax.load(reviews).predict(texts)
+    half = electrax.load(reviews, compute_dtype="bfloat16").predict(texts)
+    assert [row["label"] for row in half] == [row["label"] for row in trained]
+    difference = max(abs(a["probability"] - b["probability"]) for a, b in zip(half, trained, strict=True))
+    assert 0 < difference < 0.02
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    lines = predict(reviews, tmp_path / "texts.txt", "--compute_dtype", "bfloat16")
+    assert [line["probability"] for line in lines] == pytest.approx([row["probability"] for row in half], abs=1e-3)
+    with pytest.raises(UserError, match="compute_dtype: expected float32 or bfloat16, not 'half'"):
+        electrax.load(reviews, compute_dtype="half")
