@@ -2,14 +2,15 @@
 
     python -m benchmarks.inference [--size small] [--texts 512] [--rounds 9] [--one_row 32] [--no_compile]
 
-All: the same texts, vocabulary and weights, float32; from texts to arrays of numpy, tokenising included. The PyTorch
-sides take batches of 32 in the order of the input, each padded to its longest text; `packed` puts several texts into
-each row of 128 tokens, with attention that stops at their borders. Work: one text; 32 texts of 128 tokens; texts of 20
-to 128 tokens, evenly, each as one vector and with a vector a token. Ratios are electrax / the other of the same round
-(below 1 is faster).
+All: the same texts, vocabulary and weights, float32 but for those named `bfloat16`; from texts to arrays of numpy,
+tokenising included. The PyTorch sides take batches of 32 in the order of the input, each padded to its longest text;
+`packed` puts several texts into each row of 128 tokens, with attention that stops at their borders. Work: one text; 32
+texts of 128 tokens; texts of 20 to 128 tokens, evenly, each as one vector and with a vector a token. Ratios are
+electrax / the other of the same round (below 1 is faster).
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -29,8 +30,10 @@ from electrax.tasks.classify import ClassifyTask
 Encode = Callable[[list[str]], list[np.ndarray]]  # one vector a text, or one a token
 
 
-def torch_encode(encoder: EncoderConfig, params: Params, tokenizer: Tokenizer, pooled: bool, compiled: str) -> Encode:
-    """As one writes it with Transformers; `compiled` is empty, or names the shapes to compile for."""
+def torch_encode(
+    encoder: EncoderConfig, params: Params, tokenizer: Tokenizer, pooled: bool, compiled: str = "", half: bool = False
+) -> Encode:
+    """As one writes it with Transformers; `compiled` names the shapes to compile for, `half` is bfloat16 autocast."""
     import torch
 
     from benchmarks.transformers_weights import torch_classifier
@@ -43,11 +46,11 @@ def torch_encode(encoder: EncoderConfig, params: Params, tokenizer: Tokenizer, p
         found: list[np.ndarray] = []
         for start in range(0, len(texts), BATCH):
             inputs = fast(texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt")
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
                 hidden, real = model(**inputs)[0], inputs["attention_mask"]
                 if pooled:
                     hidden = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-            found += list(hidden.numpy())
+            found += list(hidden.float().numpy())
         return found
 
     return encode
@@ -100,7 +103,10 @@ def main() -> None:
     encoder = discriminator_shape(ModelConfig(size=options.size), tokenizer.vocab_size)
     task = ClassifyTask(encoder, tokenizer.pad_id, tokenizer.sep_id, classes=("a", "b"), style="dense")
     params = jax.jit(task.init)(jax.random.key(0), {"ids": np.ones((1, 8), np.int32)})
-    model = PretrainedModel(params, tokenizer, None, encoder, LONGEST, detects=False)
+    model, half = (
+        PretrainedModel(params, tokenizer, None, dataclasses.replace(encoder, **changes), LONGEST, detects=False)
+        for changes in ({}, {"compute_dtype": "bfloat16"})
+    )
     work = {}
     for name, texts in make_texts(tokenizer, options.one_row, options.texts).items():
         if options.work and name not in options.work:
@@ -109,7 +115,9 @@ def main() -> None:
         shapes = "dynamic" if "mixed" in name else "static"
         contestants: dict[str, Encode] = {
             "electrax": lambda texts, pooled=pooled: list(model.encode(texts, "mean" if pooled else None)),
-            "torch": torch_encode(encoder, params, tokenizer, pooled, ""),
+            "torch": torch_encode(encoder, params, tokenizer, pooled),
+            "bfloat16": lambda texts, pooled=pooled: list(half.encode(texts, "mean" if pooled else None)),
+            "torch.bfloat16": torch_encode(encoder, params, tokenizer, pooled, half=True),
         }
         if name == "mixed":
             contestants["packed"] = lambda texts: list(model.encode(texts, "mean", packed=True))

@@ -176,7 +176,7 @@ def continue_rows(
         logits, cache = read(cache, tokens[:, None], place)
         return jnp.where(is_forbidden, LOWEST, logits[:, 0]), cache
 
-    empty = jnp.zeros((rows, places, config.heads, config.width // config.heads), config.between)
+    empty = jnp.zeros((rows, places, config.heads, config.width // config.heads), config.activation_dtype)
     cache = [KeyValues(empty, empty)] * config.layers
     if prompt > 1:
         _, cache = read(cache, ids[:, :-1], jnp.int32(0))

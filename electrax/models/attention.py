@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from electrax.models.dropout import Seed, dropout
 from electrax.models.linear import Linear
-from electrax.models.products import between, product
+from electrax.models.products import activation_dtype, product
 
 Implementation = Literal["plain", "xla", "cudnn"]
 Mask = Bool[Array, "B 1 Q L"]  # True = attend; Q is 1 when every query of a row sees the same keys
@@ -45,7 +45,9 @@ def dot_product_attention(
     if implementation != "plain" and (seed is None or dropout_rate == 0.0):
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
         operands = (x.astype(dtype) for x in (q, k, v))
-        return jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation).astype(between(dtype))
+        return jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation).astype(
+            activation_dtype(dtype)
+        )
     weights = dropout(attention_weights(q, k, mask, dtype), dropout_rate, seed)
     return jnp.moveaxis(product("bhtl,bhlk->bhtk", weights, jnp.moveaxis(v, 2, 1), dtype), 1, 2)
 
@@ -103,8 +105,8 @@ class SelfAttention(nn.Module):
         qkv = linear((self.heads, 3, width // self.heads), kernel_init=self.kernel_init, name="qkv")(x)
         q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         if self.qk_norm:
-            q = nn.RMSNorm(dtype=between(self.dtype), name="query_norm")(q)
-            k = nn.RMSNorm(dtype=between(self.dtype), name="key_norm")(k)
+            q = nn.RMSNorm(dtype=activation_dtype(self.dtype), name="query_norm")(q)
+            k = nn.RMSNorm(dtype=activation_dtype(self.dtype), name="key_norm")(k)
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
         if cache is not None:

@@ -15,7 +15,7 @@ from electrax.models.attention import CrossAttention, Implementation, KeyValues,
 from electrax.models.dropout import Seed, dropout, fold
 from electrax.models.linear import Linear
 from electrax.models.lookup import LookupGradient, lookup
-from electrax.models.products import between
+from electrax.models.products import activation_dtype
 
 MOST_UNROLLED = 12  # layers
 VOCABULARY_MULTIPLE = 128  # the word table is padded to it, so that it divides over devices and fills matrix units
@@ -93,9 +93,9 @@ class EncoderConfig:
         return jnp.dtype(self.compute_dtype)
 
     @property
-    def between(self) -> jnp.dtype:
+    def activation_dtype(self) -> jnp.dtype:
         """Of activations."""
-        return between(self.dtype)
+        return activation_dtype(self.dtype)
 
     def kernel_init(self, residual: bool = False) -> nn.initializers.Initializer:
         """Normal σ = .02 cut at 2σ without variance correction (real σ ≈ .0176). modern: variance 1/fan-in, with the
@@ -109,7 +109,9 @@ class EncoderConfig:
     def norm(self, name: str | None = None) -> nn.LayerNorm:
         """LayerNorm with float32 statistics."""
         t = self.traits
-        return nn.LayerNorm(t.epsilon, dtype=self.between, use_bias=t.use_bias, use_fast_variance=False, name=name)
+        return nn.LayerNorm(
+            t.epsilon, dtype=self.activation_dtype, use_bias=t.use_bias, use_fast_variance=False, name=name
+        )
 
     def gelu(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return nn.gelu(x, approximate=True) if self.traits.tanh_gelu else gelu(x)
@@ -266,7 +268,7 @@ class Encoder(nn.Module):
         c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(embedded.shape[1]), embedded.shape[:2])
-        x = dropout(embedded.astype(c.between), c.dropout, fold(seed, c.layers))
+        x = dropout(embedded.astype(c.activation_dtype), c.dropout, fold(seed, c.layers))
         if c.embedding_width != c.width:
             # the reference leaves this one layer to TensorFlow's default initialiser
             init = nn.initializers.glorot_uniform()

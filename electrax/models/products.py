@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def between(dtype: DTypeLike) -> jnp.dtype:
+def activation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The type of activations where products are in `dtype`: the same, but float32 on a CPU.
 
     A CPU that multiplies bfloat16 (AVX512-BF16) does so into float32, at twice the rate of float32; everything else in
@@ -26,7 +26,7 @@ def product(
     The gradients are such products too, of the type of their operand. Left to JAX, those of a bfloat16 product into
     float32 would be float32 products.
     """
-    out = between(dtype) if out is None else jnp.dtype(out)
+    out = activation_dtype(dtype) if out is None else jnp.dtype(out)
     if jnp.dtype(dtype) == jnp.float32:
         return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=out)
     return _product(spec, jnp.dtype(dtype), out, a, b)

@@ -180,7 +180,7 @@ class RewriteTask(FinetuneTask):
         rows, repeat = ids.shape[0], functools.partial(jnp.repeat, repeats=beams, axis=0)
         memory = jax.tree.map(repeat, project_memory(c, layers, self.hidden(params, ids)))
         memory_mask = repeat(padding_mask(ids != self.pad_id))
-        empty = jnp.zeros((rows * beams, self.most, c.heads, c.width // c.heads), c.between)
+        empty = jnp.zeros((rows * beams, self.most, c.heads, c.width // c.heads), c.activation_dtype)
         cache = [KeyValues(empty, empty)] * c.layers
         if covers:
             cache = cache, (jnp.zeros(memory_mask[:, 0, 0].shape), memory_mask[:, 0, 0])

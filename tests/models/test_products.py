@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from electrax.models import products
-from electrax.models.products import between, product
+from electrax.models.products import activation_dtype, product
 
 # of the dense layers, of attention's scores and mixing, and of the vocabulary; sizes as in models, and very small
 PRODUCTS = [
@@ -73,8 +73,8 @@ def test_a_float32_product_has_the_bits_of_an_einsum(spec, a, b):
 def test_the_result_is_of_the_type_of_activations_where_none_is_named(platform):
     expected = jnp.float32 if platform == "cpu" else jnp.bfloat16
     a, b = operands((4, 8), (8, 2))
-    assert product("nd,df->nf", a, b, jnp.bfloat16).dtype == between(jnp.bfloat16) == expected
-    assert product("nd,df->nf", a, b, jnp.float32).dtype == between(jnp.float32) == jnp.float32
+    assert product("nd,df->nf", a, b, jnp.bfloat16).dtype == activation_dtype(jnp.bfloat16) == expected
+    assert product("nd,df->nf", a, b, jnp.float32).dtype == activation_dtype(jnp.float32) == jnp.float32
 
 
 def test_gradients_are_of_their_operands_types(platform):
