@@ -45,9 +45,8 @@ def dot_product_attention(
     if implementation != "plain" and (seed is None or dropout_rate == 0.0):
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
         operands = (x.astype(dtype) for x in (q, k, v))
-        return jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation).astype(
-            activation_dtype(dtype)
-        )
+        mixed = jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation)
+        return mixed.astype(activation_dtype(dtype))
     weights = dropout(attention_weights(q, k, mask, dtype), dropout_rate, seed)
     return jnp.moveaxis(product("bhtl,bhlk->bhtk", weights, jnp.moveaxis(v, 2, 1), dtype), 1, 2)
 

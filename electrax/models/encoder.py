@@ -108,10 +108,8 @@ class EncoderConfig:
 
     def norm(self, name: str | None = None) -> nn.LayerNorm:
         """LayerNorm with float32 statistics."""
-        t = self.traits
-        return nn.LayerNorm(
-            t.epsilon, dtype=self.activation_dtype, use_bias=t.use_bias, use_fast_variance=False, name=name
-        )
+        t, dtype = self.traits, self.activation_dtype
+        return nn.LayerNorm(t.epsilon, dtype=dtype, use_bias=t.use_bias, use_fast_variance=False, name=name)
 
     def gelu(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return nn.gelu(x, approximate=True) if self.traits.tanh_gelu else gelu(x)
