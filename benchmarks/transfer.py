@@ -4,13 +4,16 @@
         [--section.key value ...]
 
 The same tokenizer, rows, order, steps and learning rates on both sides; what the options beyond --help say, such as
---epochs or --optimizer.learning_rate, is said to both. Results are written after each task, and a task that is finished
-in --workdir is not trained again, whatever the options.
+--epochs or --optimizer.learning_rate, is said to both. Results are written after each task, and a task that is
+finished in --workdir is not trained again, whatever the options. With `--first stsb` each side of the other tasks
+starts from the best model of that side on STS-B, as the paper starts MRPC from MNLI: `mrpc after stsb`. STS-B is
+trained without the rows that have a sentence of MRPC's dev set.
 """
 
 import argparse
 import dataclasses
 import pathlib
+import re
 import statistics
 
 from benchmarks.report import environment, write
@@ -24,27 +27,50 @@ from electrax.report.finetune import finetune_and_report, read_results
 TASKS = ("sst2", "cola", "mrpc", "stsb", "wnut17")
 
 
+def stsb_without_mrpc(glue: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+    """A folder `out` with STS-B, but for training rows that have a sentence of MRPC's dev set: 63 of 5,749."""
+
+    def lines(name: str) -> list[str]:
+        return (glue / name).read_text(encoding="utf-8-sig").splitlines(keepends=True)
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    known = {plain(text) for line in lines("MRPC/dev.tsv") for text in line.split("\t")[3:5]}
+    header, *rows = lines("STS-B/train.tsv")
+    kept = [row for row in rows if known.isdisjoint(plain(text) for text in row.split("\t")[7:9])]
+    (out / "STS-B").mkdir(parents=True, exist_ok=True)
+    (out / "STS-B" / "train.tsv").write_text("".join([header, *kept]), encoding="utf-8")
+    (out / "STS-B" / "dev.tsv").write_text("".join(lines("STS-B/dev.tsv")), encoding="utf-8")
+    return out
+
+
 def configs(arguments: argparse.Namespace, name: str, options: list[str]) -> dict[str, FinetuneConfig]:
     """The two runs of a task."""
     task = load(FinetuneConfig, find_config(name, "finetune"), options)
     pretrained = read_config(arguments.init_from)
     shape = {key: getattr(pretrained.model, key) for key in SHAPE}
-    common = dataclasses.replace(
-        task,
-        seeds=arguments.seeds,
-        data=dataclasses.replace(
-            task.data,
-            path=arguments.wnut17 if name == "wnut17" else arguments.glue,
-            tokenizer=arguments.init_from,
-        ),
-    )
-    workdir = pathlib.Path(arguments.workdir) / name
+    top = pathlib.Path(arguments.workdir)
+    path = arguments.wnut17 if name == "wnut17" else arguments.glue
+    if name == "stsb":
+        path = str(stsb_without_mrpc(pathlib.Path(arguments.glue), top / "glue"))
+    data = dataclasses.replace(task.data, path=path, tokenizer=arguments.init_from)
+    common = dataclasses.replace(task, seeds=arguments.seeds, data=data)
+    workdir = top / title(arguments, name)
+    starts = {"pretrained": arguments.init_from, "random": ""}
+    if arguments.first and name != arguments.first:
+        starts = {side: str(top / arguments.first / side) for side in starts}
+    model = dataclasses.replace(task.model, **shape)
     return {
-        "pretrained": dataclasses.replace(common, workdir=str(workdir / "pretrained"), init_from=arguments.init_from),
-        "random": dataclasses.replace(
-            common, workdir=str(workdir / "random"), model=dataclasses.replace(task.model, **shape)
-        ),
+        side: dataclasses.replace(
+            common, workdir=str(workdir / side), init_from=start, model=task.model if start else model
+        )
+        for side, start in starts.items()
     }
+
+
+def title(arguments: argparse.Namespace, name: str) -> str:
+    return f"{name} after {arguments.first}" if arguments.first and name != arguments.first else name
 
 
 def measure(config: FinetuneConfig) -> dict:
@@ -68,6 +94,7 @@ def main() -> None:
     parser.add_argument("--wnut17", default="../shared/data/ner/wnut17")
     parser.add_argument("--workdir", default="runs/transfer")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--first", choices=TASKS, default="", help="a finished task, from whose models others start")
     parser.add_argument("--seeds", type=int, default=3)
     arguments, options = parser.parse_known_args()
     if arguments.seeds < 2:
@@ -75,7 +102,8 @@ def main() -> None:
     use_compilation_cache()
     results: dict = environment() | {"tasks": {}}
     for name in arguments.tasks:
-        results["tasks"][name] = {start: measure(config) for start, config in configs(arguments, name, options).items()}
+        sides = {side: measure(config) for side, config in configs(arguments, name, options).items()}
+        results["tasks"][title(arguments, name)] = sides
         write("transfer.json", results)
     rows = []
     for name, sides in results["tasks"].items():
