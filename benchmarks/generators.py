@@ -1,6 +1,6 @@
 """What the generator is worth to the discriminator: causal, hybrid, masked and uniform ones at equal steps.
 
-    python -m benchmarks.generators --text TEXT_OR_CORPUS --data ../shared/data [--steps 8000] [--seeds 3]
+    python -m benchmarks.generators --text TEXT_OR_CORPUS --data ../shared/data [--steps 20000] [--seeds 3]
     python -m benchmarks.generators --init_from benchmarks/weights --text CORPUS_OF_ITS_PIECES --steps 2500
 
 Everything but the generator's kind is the same: text, order, chosen positions, sizes, steps, and the start: word
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--init_from", default="", help="a pretrained encoder, instead of word vectors of the text")
     kinds = (START, *KINDS)
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--rows", type=int, default=8000, help="of each task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="generators.json", help="in benchmarks/results")
