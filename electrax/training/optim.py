@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -49,15 +50,17 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name} must not be negative, but is {getattr(self, name)}")
 
 
-def learning_rate(config: OptimizerConfig, steps: int, t: Int[Array, ""] | int) -> Float[Array, ""]:
-    """Of update t = 0, 1, …; the first update of a warm-up has rate 0."""
-    t = jnp.asarray(t, jnp.float32)
+def learning_rate(config: OptimizerConfig, steps: int, t: Int[Array, ""] | int) -> Float[Array, ""] | np.float32:
+    """Of update t = 0, 1, …; the first update of a warm-up has rate 0. Of an int it is a number of the host, which does
+    not wait for what the devices have to do."""
+    xp = np if isinstance(t, int) else jnp
+    t = xp.asarray(t, xp.float32)
     warmup = config.warmup_steps or config.warmup_share * steps
-    rise = jnp.minimum(1.0, t / warmup) if warmup else jnp.float32(1.0)
+    rise = xp.minimum(1.0, t / warmup) if warmup else 1.0
     if config.schedule == "multiplied":
-        done = jnp.minimum(t, steps) / steps
+        done = xp.minimum(t, steps) / steps
     else:
-        done = jnp.clip((t - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        done = xp.clip((t - warmup) / max(steps - warmup, 1), 0.0, 1.0)
     return config.learning_rate * (1.0 - done) ** config.power * rise
 
 

@@ -59,6 +59,16 @@ def test_a_share_of_the_steps_takes_the_place_of_the_warmup_steps(schedule):
     assert OptimizerConfig().warmup_share == 0.0
 
 
+@pytest.mark.parametrize("schedule", ["multiplied", "joined"])
+def test_the_host_computes_the_rate_of_a_step_without_asking_a_device(schedule):
+    config = OptimizerConfig(learning_rate=2e-3, warmup_steps=10.0, schedule=schedule, power=1.5)
+    with jax.transfer_guard("disallow"):
+        rates = [learning_rate(config, 100, t) for t in range(120)]
+    assert not any(isinstance(rate, jax.Array) for rate in rates)
+    in_a_step = jax.jit(jax.vmap(lambda t: learning_rate(config, 100, t)))(jnp.arange(120))
+    np.testing.assert_allclose(rates, in_a_step, rtol=1e-5, atol=1e-12)
+
+
 def test_without_warmup_the_first_update_has_the_full_rate():
     assert float(learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=0.0), 10, 0)) == 1.0
 
