@@ -13,6 +13,7 @@ from jaxtyping import Int, Int64
 LADDER = (*range(8, 128, 8), *range(128, 256, 32), *range(256, 513, 64))
 TOKENS = 512  # of a large batch: on one core its activations stay in the cache
 ACCELERATOR_TOKENS = 8192
+WIDE = {"xla_cpu_prefer_vector_width": 512}  # bits, where the processor has them; XLA's own choice is 256
 PASS = 32  # tokens that would take as long as what a batch of any size costs
 
 
@@ -79,10 +80,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     Cores that share the small products of an encoder wait for each other; with a batch for each they do not. A batch of
     one row or of few tokens, which may be all there is, has all cores.
     """
-    shared = jax.jit(function)
     if jax.default_backend() != "cpu":
-        return shared
-    alone = jax.jit(function, compiler_options={"xla_cpu_multi_thread_eigen": False})
+        return jax.jit(function)
+    shared = jax.jit(function, compiler_options=WIDE)
+    alone = jax.jit(function, compiler_options={**WIDE, "xla_cpu_multi_thread_eigen": False})
     return lambda params, ids, *more: (alone if len(ids) > 1 and ids.size > TOKENS // 4 else shared)(params, ids, *more)
 
 
