@@ -23,6 +23,7 @@ from electrax.data.tokenizer import Tokenizer
 from electrax.inference.model import PretrainedModel
 from electrax.models.encoder import EncoderConfig
 from electrax.models.flops import encoder_forward, peak_flops
+from electrax.models.products import rounded_layers
 from electrax.models.sizes import ModelConfig, discriminator_shape
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
@@ -104,8 +105,9 @@ def main() -> None:
     task = ClassifyTask(encoder, tokenizer.pad_id, tokenizer.sep_id, classes=("a", "b"), style="dense")
     params = jax.jit(task.init)(jax.random.key(0), {"ids": np.ones((1, 8), np.int32)})
     model, half = (
-        PretrainedModel(params, tokenizer, None, dataclasses.replace(encoder, **changes), LONGEST, detects=False)
-        for changes in ({}, {"compute_dtype": "bfloat16"})
+        PretrainedModel(rounded_layers(params, dtype), tokenizer, None, shape, LONGEST, detects=False)
+        for dtype in ("float32", "bfloat16")
+        for shape in [dataclasses.replace(encoder, compute_dtype=dtype)]
     )
     work = {}
     for name, texts in make_texts(tokenizer, options.one_row, options.texts).items():

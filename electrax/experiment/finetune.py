@@ -52,6 +52,7 @@ from electrax.inference.reader import Reader
 from electrax.inference.rewriter import Rewriter
 from electrax.inference.tagger import Tagger
 from electrax.inference.template import TemplateClassifier
+from electrax.models.products import rounded_layers
 from electrax.models.sizes import discriminator_shape
 from electrax.tasks.answer import AnswerTask
 from electrax.tasks.base import Params
@@ -362,7 +363,7 @@ def load(workdir: str | os.PathLike, compute_dtype: str | None = None) -> "Class
     config = computed_in(read_config(workdir), compute_dtype)
     tokenizer, head = Tokenizer.load(workdir), read_head(workdir)
     task = make_task(config, tokenizer, head, None)
-    params, data = trained(workdir)[1], config.data
+    params, data = rounded_layers(trained(workdir)[1], config.model.compute_dtype), config.data
     match config.task:
         case "classify" if config.head.template:
             words = template_words(config.head, head["classes"])

@@ -26,6 +26,7 @@ from electrax.inference.model import PretrainedModel
 from electrax.inference.reader import Reader
 from electrax.inference.rewriter import Rewriter
 from electrax.inference.tagger import Tagger
+from electrax.models.products import rounded_layers
 from electrax.storage import new_directory, on_this_machine, path_of, write_atomically
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
@@ -47,7 +48,7 @@ def load(
         return finetune.load(workdir, compute_dtype)
     task, tokenizer, params = _pretrained(workdir, config)
     return PretrainedModel(
-        params,
+        rounded_layers(params, config.model.compute_dtype),
         tokenizer,
         task.generator if "generator" in params and not task.two_tower else None,
         task.discriminator if task.detects else None,

@@ -1,6 +1,7 @@
 """Matrix products in float32 or bfloat16, and the type of what is computed between them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,17 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.Array:
     batched = [ordered.index(i) for i in batch], [second.index(i) for i in batch]
     found = jax.lax.dot_general(a, b, (contracting, batched), preferred_element_type=out)
     return found.transpose([(batch + rows + columns).index(i) for i in result])
+
+
+def rounded_layers(params: Any, dtype: DTypeLike) -> Any:
+    """The parameters with the kernels of all layers in `dtype`, to which each product would round them anew."""
+
+    def rounded(path: tuple, leaf: jax.Array) -> jax.Array:
+        names = [key.key for key in path]
+        in_layer = any(name.startswith("layer_") for name in names)
+        return leaf.astype(dtype) if in_layer and names[-1] == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(rounded, params)
 
 
 def _on_cpu() -> bool:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from electrax.models import products
-from electrax.models.products import activation_dtype, product
+from electrax.models.encoder import Encoder, EncoderConfig
+from electrax.models.products import activation_dtype, product, rounded_layers
 
 # of the dense layers, of attention's scores and mixing, and of the vocabulary; sizes as in models, and very small
 PRODUCTS = [
@@ -95,3 +96,21 @@ def test_several_models_products_side_by_side_are_those_of_each(platform):
     for i in range(3):
         for found, one in zip(together, jax.jit(jax.grad(loss, (0, 1)))(a[i], b[i]), strict=True):
             np.testing.assert_allclose(found[i], one, rtol=1e-5, atol=1e-4)
+
+
+def test_layers_rounded_beforehand_compute_the_same(platform):
+    config = EncoderConfig(
+        40, layers=2, width=16, heads=2, feed_forward=24, embedding_width=8, compute_dtype="bfloat16"
+    )
+    encoder, (embedded,) = Encoder(config), operands((2, 5, 8))
+    mask = jnp.ones((2, 1, 1, 5), bool)
+    params = encoder.init(jax.random.key(0), embedded, mask)["params"]
+    kept = rounded_layers(params, "bfloat16")
+    kernels = {
+        jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(kept) if leaf.dtype == jnp.bfloat16
+    }
+    assert len(kernels) == 2 * 4 and all("layer_" in name and name.endswith("['kernel']") for name in kernels)
+    apply = jax.jit(lambda params: encoder.apply({"params": params}, embedded, mask).astype(jnp.float32))
+    np.testing.assert_allclose(apply(kept), apply(params), rtol=1e-6, atol=1e-6)
+    same = rounded_layers(params, "float32")
+    assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True))
