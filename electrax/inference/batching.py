@@ -23,7 +23,8 @@ def batch_tokens() -> int:
 
 
 def at_a_time() -> int:
-    """Batches: one a core; elsewhere one runs while the next is put together."""
+    """Batches: on a CPU one a core, as cores that share the small products of one wait for each other; elsewhere one
+    runs while the next is put together."""
     return os.cpu_count() or 1 if jax.default_backend() == "cpu" else 2
 
 
@@ -75,16 +76,8 @@ def pad(
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of parameters, then arrays [B, L], compiled; on a CPU a large batch is computed by one core alone.
-
-    Cores that share the small products of an encoder wait for each other; with a batch for each they do not. A batch of
-    one row or of few tokens, which may be all there is, has all cores.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.jit(function)
-    shared = jax.jit(function, compiler_options=WIDE)
-    alone = jax.jit(function, compiler_options={**WIDE, "xla_cpu_multi_thread_eigen": False})
-    return lambda params, ids, *more: (alone if len(ids) > 1 and ids.size > TOKENS // 4 else shared)(params, ids, *more)
+    """`function` of parameters, then arrays, compiled for inference."""
+    return jax.jit(function, compiler_options=WIDE if jax.default_backend() == "cpu" else None)
 
 
 def run(function: Callable[..., Any], batches: Iterable[Any]) -> Iterator[Any]:
