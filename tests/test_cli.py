@@ -305,6 +305,10 @@ def test_a_work_directory_loads_as_a_model(trained):
     text = (trained[0].parent / "text.txt").read_text()[:20]
     assert model.encode([text]).shape[2] == 32
     assert all(0 <= token.probability <= 1 for token in model.detect(text))
+    half = electrax.load(trained[0], compute_dtype="bfloat16")
+    assert half.params["discriminator"]["encoder"]["layer_0"]["up"]["kernel"].dtype == "bfloat16"
+    difference = np.abs(half.encode([text]) - model.encode([text])).max()
+    assert 0 < difference < 0.1
 
 
 @pytest.mark.parametrize(

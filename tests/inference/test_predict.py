@@ -5,6 +5,7 @@ import io
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -362,7 +363,9 @@ def test_a_model_as_an_object_says_the_same(reader, numbers, reviews):
 def test_a_model_computes_in_the_type_that_is_asked_for(reviews, tmp_path):
     texts = ["the film was good", "a bad film"]
     trained = electrax.load(reviews).predict(texts)
-    half = electrax.load(reviews, compute_dtype="bfloat16").predict(texts)
+    model = electrax.load(reviews, compute_dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"bfloat16", "float32"}  # layers, the rest
+    half = model.predict(texts)
     assert [row["label"] for row in half] == [row["label"] for row in trained]
     difference = max(abs(a["probability"] - b["probability"]) for a, b in zip(half, trained, strict=True))
     assert 0 < difference < 0.02
