@@ -112,7 +112,9 @@ class SelfAttention(nn.Module):
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             cache = KeyValues(write(cache.keys, k), write(cache.values, v))
             k, v = cache
-        choices = {"implementation": self.implementation, "dropout_rate": self.dropout_rate, "dtype": self.dtype}
+        # weights are drawn for all layers at once, which cuDNN's call does not allow
+        implementation = "plain" if self.is_initializing() else self.implementation
+        choices = {"implementation": implementation, "dropout_rate": self.dropout_rate, "dtype": self.dtype}
         mixed = dot_product_attention(q, k, v, mask, seed=seed, **choices)
         return linear(width, inputs=2, kernel_init=self.output_init, name="output")(mixed), cache
 
