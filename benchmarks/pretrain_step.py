@@ -26,7 +26,7 @@ from electrax.tasks.base import Batch
 from electrax.tasks.corruption import slot_count
 from electrax.training.optim import make_optimizer
 from electrax.training.sharding import MeshConfig, make_mesh
-from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step
+from electrax.training.state import abstract_state, choose_microbatch, choose_together, fresh_state, make_step
 
 VOCABULARY = 30522
 SPECIAL = {"pad": 0, "cls": 101, "sep": 102, "mask": 103}
@@ -73,7 +73,8 @@ class Training:
         )
         self.state = fresh_state(task, optimizer, rows, abstract, config.seed)
         self.flops = task.flops(config.batch_size, config.data.max_length)
-        self.steps_a_call = config.steps_per_dispatch
+        due = (config.log.every, config.eval.every, config.checkpoint.every)
+        self.steps_a_call = choose_together(config.steps_per_dispatch, due, jax.default_backend())
         self._step = make_step(task, optimizer, abstract, mesh, microbatch, config.seed)
         self._feed, self._done = make_feed(config, task, corpus, mesh), 0
 

@@ -117,6 +117,10 @@ def trained(folder, prepared):
         (["pretrain", "RUN", "--workdir", "w", "--mesh.fsdp", "3"], "mesh.fsdp 3 x mesh.model 1 does not divide 8"),
         (["pretrain", "RUN", "--workdir", "w", "--data.path", "gone.txt"], "gone.txt"),
         (["pretrain", "RUN", "--workdir", "w", "--log.every", "0"], "log.every must be at least 1, not 0"),
+        (
+            ["pretrain", "tiny", "--workdir", "w", "--log.every", "5", "--steps_per_dispatch", "8"],
+            "steps_per_dispatch must lie between 0 and the 5 steps",
+        ),
         (["prepare", "a.txt"], "prepare: expected TEXT… --out DIR"),
         (["prepare", "gone.txt", "--out", "w"], "gone.txt"),
         (["evaluate", "gone"], "gone/config.toml: no such file; expected the work directory of an electrax run"),

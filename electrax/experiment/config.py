@@ -49,7 +49,7 @@ class PretrainConfig:
     init_from: str = ""  # work directory of a run, or a model of another format, whose weights are the start
     profile: bool = False  # trace a few steps and show where their time goes
     dry_run: bool = False  # only show what a step needs of each device, also of devices that are not there
-    steps_per_dispatch: int = 1  # steps that one call takes where nothing is due between them; changes no result
+    steps_per_dispatch: int = 0  # steps that one call takes where nothing is due between them; 0: as suits the device
     rows_on_device: Literal["auto", "always", "never"] = "auto"  # training rows; auto: if few for a GPU
     faithful: bool = False  # the reference's known flaws too
     model: ModelConfig = ModelConfig()
@@ -73,13 +73,18 @@ class PretrainConfig:
             )
         for key, value in {
             "batch_size": self.batch_size,
-            "steps_per_dispatch": self.steps_per_dispatch,
             "log.every": self.log.every,
             "eval.every": self.eval.every,
             "checkpoint.every": self.checkpoint.every,
         }.items():
             if value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
+        shortest = min(self.log.every, self.eval.every, self.checkpoint.every)
+        if not 0 <= self.steps_per_dispatch <= shortest:
+            raise UserError(
+                f"steps_per_dispatch must lie between 0 and the {shortest} steps after which a log line, an evaluation "
+                f"or a checkpoint is due, not {self.steps_per_dispatch}"
+            )
         for key in ("mask_prob", "keep_prob", "random_prob", "causal_share"):
             if not 0 <= getattr(self.objective, key) <= 1:
                 raise UserError(f"objective.{key} must lie between 0 and 1, not {getattr(self.objective, key)}")

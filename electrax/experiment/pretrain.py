@@ -26,6 +26,7 @@ from electrax.training.evaluate import make_evaluate
 from electrax.training.feed import Feed, fits_device, host_feed, resident_feed
 from electrax.training.processes import agreed, together
 from electrax.training.sharding import make_mesh
+from electrax.training.state import choose_together
 from electrax.training.tracking import Record
 
 # entered around a preparation, gives what `prepare` reports its progress to
@@ -169,7 +170,11 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
         tokens_per_step=float(config.batch_size * config.data.max_length),
         eval_every=config.eval.every,
         save_every=config.checkpoint.every,
-        steps_per_dispatch=config.steps_per_dispatch,
+        steps_per_dispatch=choose_together(
+            config.steps_per_dispatch,
+            (config.log.every, config.eval.every, config.checkpoint.every),
+            mesh.devices.flat[0].platform,
+        ),
         feed=make_feed(config, task, corpus, mesh),
         initial=lambda drawn: start_weights(config, tokenizer, drawn),
     )
@@ -179,7 +184,7 @@ def make_feed(config: PretrainConfig, task: PretrainTask, corpus: Corpus, mesh: 
     """From the devices' memory where the config or the rows' size says so, otherwise from the disk."""
     manifest = corpus.manifest
     size = corpus.size("train") * manifest.max_length * np.dtype(manifest.dtype).itemsize
-    fits = fits_device(size, mesh.devices.flat[0])
+    fits = fits_device(size, mesh.local_devices[0])
     if config.rows_on_device == "never" or (config.rows_on_device == "auto" and not fits):
         return host_feed(task.train_batch, task.batch_size, mesh)
     return resident_feed(

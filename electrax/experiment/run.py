@@ -81,12 +81,16 @@ class Run:
         return _needed(self._compiled())
 
     def _compiled(self) -> jax.stages.Compiled:
-        return self.step_function.compiled(self.state, self.example_batch())
+        several = self.steps_per_dispatch > 1
+        return self.step_function.compiled(self.state, self.example_batch(self.steps_per_dispatch), several)
 
-    def example_batch(self) -> Batch:
-        """A batch of the largest shape on the devices."""
+    def example_batch(self, steps: int = 1) -> Batch:
+        """A batch of the largest shape on the devices, or those of several steps."""
         rows = local_rows(len(self.example["ids"]), self.mesh)
-        return put_batch({name: values[rows] for name, values in self.example.items()}, self.mesh)
+        batch = {name: values[rows] for name, values in self.example.items()}
+        if steps == 1:
+            return put_batch(batch, self.mesh)
+        return put_batch({name: np.stack([values] * steps) for name, values in batch.items()}, self.mesh, leading=1)
 
     def models_at_once(self) -> int:
         """How many models like this one an accelerator has room to train side by side; 1 on a CPU, which would not be

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 from electrax.config import UserError
 from electrax.tasks.base import Batch, Mean, Metrics, Params, Task
 from electrax.training.sharding import BATCH_AXES, batch_sharding, like_params, over_rows, params_sharding, row_ways
+
+MOST_TOGETHER = 32  # steps in a call
 
 
 @flax.struct.dataclass
@@ -77,6 +79,15 @@ def choose_microbatch(config_rows: int, rows: int, length: int, platform: str) -
     if platform != "cpu":
         return rows
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, 512 // length))
+
+
+def choose_together(config_steps: int, intervals: Sequence[int], platform: str) -> int:
+    """Steps that one call takes: as configured, or one on a CPU. On an accelerator, where a call costs the host as much
+    as a small step takes, the most up to MOST_TOGETHER that divide the intervals at which something is due."""
+    if config_steps or platform == "cpu":
+        return config_steps or 1
+    whole = math.gcd(*intervals)
+    return max(n for n in range(1, MOST_TOGETHER + 1) if whole % n == 0)
 
 
 def gradients(task: Task, params: Params, prepared: Batch, mesh: Mesh, microbatch: int):

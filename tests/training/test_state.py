@@ -15,7 +15,14 @@ from electrax.tasks.pretrain import PretrainTask
 from electrax.training.checkpoint import Checkpoints
 from electrax.training.feed import host_feed
 from electrax.training.sharding import put_batch
-from electrax.training.state import abstract_state, choose_microbatch, fresh_state, make_step, return_memory
+from electrax.training.state import (
+    abstract_state,
+    choose_microbatch,
+    choose_together,
+    fresh_state,
+    make_step,
+    return_memory,
+)
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +310,12 @@ def test_a_cpu_takes_about_512_tokens_at_a_time_and_other_devices_all():
 def test_a_micro_batch_that_does_not_divide_the_rows_is_an_error_with_one_that_does():
     with pytest.raises(UserError, match="optimizer.microbatch 5 does not divide the 8 rows of a device; 4 does"):
         choose_microbatch(5, rows=8, length=128, platform="cpu")
+
+
+def test_an_accelerator_takes_as_many_steps_a_call_as_divide_the_intervals():
+    assert choose_together(0, (100, 10_000, 1_000), "gpu") == 25
+    assert choose_together(0, (96, 192, 960), "gpu") == 32
+    assert choose_together(0, (7, 1_000, 1_000), "tpu") == 1
+    assert choose_together(4, (100, 1_000, 1_000), "gpu") == 4
+    assert choose_together(0, (100, 1_000, 1_000), "cpu") == 1
+    assert choose_together(4, (100, 1_000, 1_000), "cpu") == 4
