@@ -1,23 +1,29 @@
 """Pretraining on one GPU: utilisation against PyTorch, settings one by one, the scatter trap, the host's share.
 
     python -m benchmarks.accelerator [--parts cases settings lookup host] [--rounds 7] [--steps 20]
+                                     [--cases "base, L512" …] [--only remat …]
                                      [--setting "NAME=--section.key=value …" …]
     python -m benchmarks.accelerator --check           # every part once at toy size on the CPU; writes nothing
 
 cases: steps of ELECTRA-Small and Base in bfloat16 with data and optimizer, calls one after the other without waiting,
-against Transformers in PyTorch (bfloat16 autocast, SDPA, torch.compile) in alternation. MFU is of the device's nominal
-peak, by the same count of FLOPs on both sides. settings: each as a ratio to what it changes, small 128 x 128. lookup:
-the word table's gradient with rows that are hit often. host: what a call costs the host, as a share of a step, and that
-nothing compiles after the first step. Without a GPU the exit status is 2.
+against Transformers in PyTorch (bfloat16 autocast, SDPA, torch.compile), which runs in processes of its own, in
+alternation. MFU is of the device's nominal peak, by the same count of FLOPs on both sides. settings: each as a ratio to
+what it changes, small 128 x 128. lookup: the word table's gradient with rows that are hit often. host: what a call
+costs the host, as a share of a step, and that nothing compiles after the first step. Everything is compiled before
+anything is timed, several programs at a time. Each row is written when it is there. Without a GPU the exit status is 2.
 """
 
 import argparse
 import functools
 import gc
+import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +32,7 @@ import numpy as np
 
 from benchmarks.pretrain_step import SPECIAL, VOCABULARY, Training, step_config, torch_step
 from benchmarks.report import alternate, environment, ratios, shown, spread, versions, write
-from electrax.config import UserError
+from electrax.cli import use_compilation_cache
 from electrax.models.flops import peak_flops
 from electrax.models.lookup import lookup
 
@@ -35,20 +41,23 @@ from electrax.models.lookup import lookup
 
 class Case(NamedTuple):
     size: str
-    batch: int  # 0: the quickest power of two that fits
+    batch: int  # 0: the quickest of FREE_BATCHES
     length: int
+    words: str = ""  # of the command line
 
 
+STILL_ATTENTION = "--model.attention_dropout=0"  # cuDNN's and XLA's attention have no dropout
+CUDNN = f"{STILL_ATTENTION} --model.attention=cudnn"
 CASES = {
     "small, 128 x 128": Case("small", 128, 128),
     "small, free batch": Case("small", 0, 128),
     "base, L128": Case("base", 256, 128),
     "base, L512": Case("base", 64, 512),
+    "base, L512, cudnn": Case("base", 64, 512, CUDNN),
 }
 TOY_CASES = {"toy": Case("tiny", 4, 32), "toy, free batch": Case("tiny", 0, 32)}
 TOY_WORDS = "--model.layers=1 --model.width=32 --model.embedding_width=32"
 WORDS = "--model.compute_dtype=bfloat16"  # of every training here
-STILL_ATTENTION = "--model.attention_dropout=0"  # cuDNN's and XLA's attention have no dropout
 
 # name: (words of the command line, words of what it is compared with, over WORDS); {half} is half of the rows
 SETTINGS: dict[str, tuple[str, str]] = {
@@ -59,18 +68,18 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "remat": ("--model.remat=true", ""),
     "two micro-batches": ("--optimizer.microbatch={half}", ""),
     "packed rows": ("--data.layout=packed", ""),
-    "4 steps a call": ("--steps_per_dispatch=4", ""),
+    "1 step a call": ("--steps_per_dispatch=1", ""),
     "vocabulary in two": ("--objective.vocabulary_rows={half}", ""),
     "attention: xla": (f"{STILL_ATTENTION} --model.attention=xla", STILL_ATTENTION),
-    "attention: cudnn": (f"{STILL_ATTENTION} --model.attention=cudnn", STILL_ATTENTION),
+    "attention: cudnn": (CUDNN, STILL_ATTENTION),
     "rows from the host": ("--rows_on_device=never", "--rows_on_device=always"),
     "look-up by scatter": ("--model.lookup_gradient=scatter", "--model.lookup_gradient=summed"),
 }
 SETTINGS_CASE, TOY_SETTINGS_CASE = Case("small", 128, 128), Case("tiny", 4, 32)
-TORCH_MODES = ("default", "max-autotune-no-cudagraphs")  # of torch.compile
-MOST_BATCH = 16384
-MEMORY_SHARE = 0.9  # of the device, that a step may take
-WORTHWHILE = 1.02  # a batch twice as large must give so much more tokens a second
+TORCH_MODES = ("default", "reduce-overhead")  # of torch.compile; the second one replays CUDA graphs
+FREE_BATCHES = (512, 1024, 2048)
+MEMORY_SHARE = 0.6  # of the device, that a step may take: the other programs are there as well
+AT_ONCE = 8  # programs that are compiled
 
 
 class Scale(NamedTuple):
@@ -82,7 +91,7 @@ class Scale(NamedTuple):
     rounds: int
     steps: int  # of a round
     torch_modes: tuple[str, ...]
-    most_batch: int
+    free_batches: tuple[int, ...]
 
 
 # -- trainings ---------------------------------------------------------------------------------------------------------
@@ -90,7 +99,23 @@ class Scale(NamedTuple):
 
 def make_training(case: Case, words: str) -> Training:
     half = str(max(1, case.batch // 2))
-    return Training(step_config(case.size, case.batch, case.length, *words.replace("{half}", half).split()))
+    words = f"{words} {case.words}".replace("{half}", half)
+    return Training(step_config(case.size, case.batch, case.length, *words.split()))
+
+
+def made(makes: Iterable[Callable[[], Training]]) -> list[Training | Exception]:
+    """The trainings, compiled; or why this device or this electrax cannot do one."""
+
+    def make(one: Callable[[], Training]) -> Training | Exception:
+        try:
+            training = one()
+            training.compiled()
+            return training
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(AT_ONCE if jax.default_backend() == "gpu" else 1) as pool:
+        return list(pool.map(make, makes))
 
 
 def run_calls(start: Callable[[], Any], calls: int) -> float:
@@ -100,14 +125,17 @@ def run_calls(start: Callable[[], Any], calls: int) -> float:
     return float(loss)
 
 
-def step_seconds(starts: Mapping[str, tuple[Callable[[], Any], int]], scale: Scale) -> dict[str, list[float]]:
-    """Seconds a step of each contestant in each round, from what starts a call and how many steps a call takes."""
-    runs, steps = {}, {}
-    for name, (start, each) in starts.items():
-        run_calls(start, 2)  # compiles
-        calls = -(-scale.steps // each)
-        runs[name], steps[name] = functools.partial(run_calls, start, calls), calls * each
-    return {name: [v / steps[name] for v in values] for name, values in alternate(runs, scale.rounds).items()}
+def calls_of(training: Training, steps: int) -> tuple[Callable[[], float], int]:
+    """What runs about so many steps, in whole calls, and how many these are."""
+    calls = -(-steps // training.steps_a_call)
+    return functools.partial(run_calls, training.start, calls), calls * training.steps_a_call
+
+
+def step_seconds(runs: Mapping[str, tuple[Callable[[], Any], int]], rounds: int) -> dict[str, list[float]]:
+    """Seconds a step of each contestant in each round, from what runs some steps and how many."""
+    only = {name: run for name, (run, _) in runs.items()}
+    alternate(only, 1)  # warms up
+    return {name: [v / runs[name][1] for v in values] for name, values in alternate(only, rounds).items()}
 
 
 def needed_bytes(training: Training) -> int:
@@ -115,75 +143,96 @@ def needed_bytes(training: Training) -> int:
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
 
 
-def free_batch(case: Case, scale: Scale) -> tuple[int, dict[str, float]]:
-    """The quickest batch that fits, doubled as long as that pays, and tokens a second of all that were tried."""
-    limit, rates, batch = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0), {}, case.batch or 128
-    best = 0.0
-    while batch <= scale.most_batch:
-        try:
-            training = make_training(case._replace(batch=batch), scale.words)
-            if limit and needed_bytes(training) > MEMORY_SHARE * limit:
-                break
-            run_calls(training.start, 2)  # compiles
-            began = time.perf_counter()
-            run_calls(training.start, 5)
-            rates[str(batch)] = 5 * training.steps_a_call * batch * case.length / (time.perf_counter() - began)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            break
-        if rates[str(batch)] < WORTHWHILE * best:
-            break
-        best, batch = rates[str(batch)], 2 * batch
-    if not rates:
-        raise SystemExit(f"{case.size}: not even {batch} rows of {case.length} fit the device")
-    return int(max(rates, key=rates.__getitem__)), rates
+class TorchSide:
+    """A step of PyTorch in a process of its own, so that neither framework needs the other's memory. It compiles while
+    we do."""
+
+    def __init__(self, case: Case, words: str, mode: str):
+        given = json.dumps([case._asdict(), words, mode])
+        command = [sys.executable, "-m", "benchmarks.accelerator", "--torch_side", given]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer(self) -> str:
+        """The next one: "ready", a loss, or why there is none."""
+        for line in self._process.stdout:
+            if line.startswith("> "):
+                return line[2:].strip()
+        return "it ended"
+
+    def run(self, steps: int) -> str:
+        print(steps, file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def close(self) -> None:
+        self._process.kill()
 
 
-def torch_contestants(case: Case, scale: Scale) -> dict[str, Callable[[], Any]]:
-    """By mode of torch.compile; empty where PyTorch has no GPU and we have."""
+def serve_torch(case: Case, words: str, mode: str) -> None:
+    """The other end of a TorchSide."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        import torch
-    except ImportError:
-        return {}
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        return {}
-    config = step_config(case.size, case.batch, case.length, *scale.words.split())
-    found = {}
-    for mode in scale.torch_modes:
-        step = torch_step(config, "cuda" if on_gpu else "cpu", autocast=True, compile_mode=mode)
-        try:
-            run_calls(step, 2)  # compiles
-        except torch.OutOfMemoryError:
-            continue
-        found[f"torch, {mode or 'eager'}"] = step
-    return found
+        step = torch_step(step_config(case.size, case.batch, case.length, *words.split()), device, True, mode)
+        run_calls(step, 4)  # compiles; CUDA graphs are recorded after the first
+    except Exception as error:
+        print(f"> {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
+        return
+    print("> ready", flush=True)
+    for line in sys.stdin:
+        print(f"> {run_calls(step, int(line))}", flush=True)
 
 
-def tidy() -> None:
-    """Gives the memory of trainings that are gone back, so that the next ones find it."""
-    gc.collect()
-    if "torch" in sys.modules:
-        sys.modules["torch"].cuda.empty_cache()
+def torch_sides(case: Case, scale: Scale) -> dict[str, TorchSide]:
+    """By mode of torch.compile."""
+    if not find_spec("torch"):
+        return {}
+    return {f"torch, {mode or 'eager'}": TorchSide(case, scale.words, mode) for mode in scale.torch_modes}
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def measure_cases(scale: Scale) -> dict[str, Any]:
+def measure_cases(scale: Scale, write_rows: Callable[[Any], None]) -> dict[str, Any]:
     peak, result = peak_flops(jax.devices()[0]), {}
+    sides = {name: torch_sides(case, scale) for name, case in scale.cases.items() if case.batch and not case.words}
+    wanted = [
+        (name, case._replace(batch=batch))
+        for name, case in scale.cases.items()
+        for batch in ([case.batch] if case.batch else scale.free_batches)
+    ]
+    trainings = made([functools.partial(make_training, case, scale.words) for _, case in wanted])
+    compiled = {name: {mode: side.answer() for mode, side in modes.items()} for name, modes in sides.items()}
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     for name, case in scale.cases.items():
-        tried = {}
-        if not case.batch:
-            batch, tried = free_batch(case._replace(batch=4 if case.size == "tiny" else 128), scale)
-            case = case._replace(batch=batch)
-            tidy()
-        training = make_training(case, scale.words)
-        starts = {"electrax": (training.start, training.steps_a_call)}
-        starts |= {mode: (step, 1) for mode, step in torch_contestants(case, scale).items()}
-        seconds = step_seconds(starts, scale)
-        row: dict[str, Any] = {**case._asdict(), "flops": training.flops, "tried": tried, "contestants": {}}
+        tried: dict[str, Any] = {}
+        fastest: tuple[float, Case, Training] | None = None
+        for (_, same), training in [pair for pair in zip(wanted, trainings, strict=True) if pair[0][0] == name]:
+            if isinstance(training, Exception):
+                tried[str(same.batch)] = str(training).splitlines()[0][:200]
+            elif limit and needed_bytes(training) > MEMORY_SHARE * limit:
+                tried[str(same.batch)] = f"needs {needed_bytes(training):,} bytes"
+            else:
+                run, steps = calls_of(training, scale.steps)
+                (seconds,) = step_seconds({"": (run, steps)}, 1 if case.batch else 2)[""][-1:]
+                tried[str(same.batch)] = same.batch * same.length / seconds
+                if fastest is None or tried[str(same.batch)] > fastest[0]:
+                    fastest = tried[str(same.batch)], same, training
+        if fastest is None:
+            result[name] = {**case._asdict(), "tried": tried}
+            print(f"{name:20}not here: {tried}", flush=True)
+            continue
+        _, case, training = fastest
+        runs = {"electrax": calls_of(training, scale.steps)}
+        failed = {mode: answer for mode, answer in compiled.get(name, {}).items() if answer != "ready"}
+        runs |= {
+            mode: (functools.partial(side.run, scale.steps), scale.steps)
+            for mode, side in sides.get(name, {}).items()
+            if mode not in failed
+        }
+        seconds = step_seconds(runs, scale.rounds)
+        row: dict[str, Any] = {**case._asdict(), "flops": training.flops, "steps_a_call": training.steps_a_call}
+        row |= {"needed_bytes": needed_bytes(training), "tried": tried, "failed": failed, "contestants": {}}
         for contestant, values in seconds.items():
             row["contestants"][contestant] = figures = {
                 "seconds": spread(values),
@@ -198,24 +247,33 @@ def measure_cases(scale: Scale) -> dict[str, Any]:
                 flush=True,
             )
         result[name] = row
-        del training, starts
-        tidy()
+        write_rows({"nominal_peak_flops": peak, "rows": result})
+        for side in sides.get(name, {}).values():
+            side.close()
     return {"nominal_peak_flops": peak, "rows": result}
 
 
-def measure_settings(scale: Scale, settings: dict[str, tuple[str, str]]) -> dict[str, Any]:
+def measure_settings(
+    scale: Scale, settings: dict[str, tuple[str, str]], write_rows: Callable[[Any], None]
+) -> dict[str, Any]:
     """Each setting against its own base in alternation; one that this device or this electrax cannot do says why."""
+    every = list(dict.fromkeys(words for pair in settings.values() for words in pair))
+    trainings = dict(
+        zip(
+            every,
+            made([functools.partial(make_training, scale.settings_case, f"{scale.words} {words}") for words in every]),
+            strict=True,
+        )
+    )
     result: dict[str, Any] = {}
-    held: tuple[str, Training] | None = None  # a base that several settings share compiles once
     for name, (words, base) in settings.items():
+        pair = {"base": trainings[base], "setting": trainings[words]}
         try:
-            if held is None or held[0] != base:
-                held = None
-                tidy()
-                held = base, make_training(scale.settings_case, f"{scale.words} {base}")
-            pair = {"base": held[1], "setting": make_training(scale.settings_case, f"{scale.words} {words}")}
-            seconds = step_seconds({side: (t.start, t.steps_a_call) for side, t in pair.items()}, scale)
-        except (UserError, ValueError, RuntimeError, NotImplementedError) as error:
+            for training in pair.values():
+                if isinstance(training, Exception):
+                    raise training
+            seconds = step_seconds({side: calls_of(t, scale.steps) for side, t in pair.items()}, scale.rounds)
+        except Exception as error:
             result[name] = {"words": words, "failed": str(error).splitlines()[0][:160]}
             print(f"{name:24}not here: {result[name]['failed']}", flush=True)
             continue
@@ -227,8 +285,7 @@ def measure_settings(scale: Scale, settings: dict[str, tuple[str, str]]) -> dict
             "needed_bytes": {side: needed_bytes(training) for side, training in pair.items()},
         }
         print(f"{name:24}{shown(result[name]['ratio'])} of {base or 'the default'}", flush=True)
-        del pair
-        tidy()
+        write_rows(result)
     return result
 
 
@@ -340,32 +397,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("cases", "settings", "lookup", "host")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of the settings")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20, help="of a round")
     parser.add_argument("--setting", nargs="+", default=[], help='more of them, as "NAME=--section.key=value …"')
     parser.add_argument("--check", action="store_true", help="run every part once, small, on the CPU")
+    parser.add_argument("--torch_side", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.torch_side:
+        case, *rest = json.loads(options.torch_side)
+        return serve_torch(Case(**case), *rest)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the memory as well
+    use_compilation_cache()
     if not options.check and jax.default_backend() != "gpu":
         print("benchmarks.accelerator: JAX found no GPU; --check runs every part small on the CPU", file=sys.stderr)
         sys.exit(2)
-    scale = Scale(CASES, SETTINGS_CASE, WORDS, options.rounds, options.steps, TORCH_MODES, MOST_BATCH)
+    cases = {name: CASES[name] for name in options.cases}
+    scale = Scale(cases, SETTINGS_CASE, WORDS, options.rounds, options.steps, TORCH_MODES, FREE_BATCHES)
     if options.check:
-        scale = Scale(TOY_CASES, TOY_SETTINGS_CASE, f"{WORDS} {TOY_WORDS}", 1, 2, ("",), 8)
+        scale = Scale(TOY_CASES, TOY_SETTINGS_CASE, f"{WORDS} {TOY_WORDS}", 1, 2, ("",), (4, 8))
     more = [setting.partition("=") for setting in options.setting]
-    settings = SETTINGS | {name: (words, "") for name, _, words in more}
+    settings = {name: SETTINGS[name] for name in options.only} | {name: (words, "") for name, _, words in more}
+    results: dict[str, Any] = {}
     measure = {
-        "cases": lambda: measure_cases(scale),
-        "settings": lambda: measure_settings(scale, settings),
+        "cases": lambda: measure_cases(scale, functools.partial(keep, "cases")),
+        "settings": lambda: measure_settings(scale, settings, functools.partial(keep, "settings")),
         "lookup": lambda: measure_lookup(scale),
         "host": lambda: measure_host(scale),
     }
-    results: dict[str, Any] = {}
+
+    def keep(part: str, rows: Any) -> None:
+        """What is there, should a later row fail or the time be over."""
+        results[part] = rows
+        if not options.check:
+            write("accelerator.json", environment(versions("torch", "transformers")) | results)
+
     for part in options.parts:
         print(f"-- {part}", flush=True)
-        results[part] = measure[part]()
-        if not options.check:  # what is there is kept, should a later part fail
-            write("accelerator.json", environment(versions("torch", "transformers")) | results)
+        keep(part, measure[part]())
+        gc.collect()  # trainings that are gone give their memory back
     if options.check:
         print("every part runs; nothing was written")
 
