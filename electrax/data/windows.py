@@ -161,7 +161,7 @@ def encode_context(tokenizer: Tokenizer, context: str) -> tuple[Int32[np.ndarray
     them."""
     ids, offsets = tokenizer.encode(context)
     if not context.isascii():
-        limits = [start for start, _ in offsets[1:]] + [len(context)]
+        limits = [*(start for start, _ in offsets), len(context)][1:]
         offsets = [
             (start, _with_accents(context, end, limit)) for (start, end), limit in zip(offsets, limits, strict=True)
         ]

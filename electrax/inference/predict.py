@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from electrax.config import UserError
-from electrax.data.examples import BadRow, QuestionExample, TextExample, decode_lines, text_fault
+from electrax.data.examples import BadRow, Fault, QuestionExample, TextExample, decode_lines, text_fault
 from electrax.data.readers import COMPRESSED
 from electrax.data.squad import BadQuestion, iter_squad
 from electrax.data.tables import iter_table
@@ -132,5 +132,9 @@ def _rewrite(model: Rewriter, texts: list[str], n_best: int, reranker: Reranker 
 
 
 def _answer(model: Reader, rows: Sequence[QuestionExample]) -> Iterator[dict[str, Any]]:
-    for id, answer in model.answer_batch((row.id, row.question, row.context) for row in rows):
-        yield {"id": id, **answer._asdict()}
+    found = model.answers((row.id, row.question, row.context) for row in rows)
+    for row, (id, answer) in zip(rows, found, strict=True):
+        if isinstance(answer, Fault):
+            yield _error(BadQuestion(row.where, *answer, id if id != row.where else None))
+        else:
+            yield {"id": id, **answer._asdict()}

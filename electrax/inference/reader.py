@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from electrax.data.examples import QuestionExample
+from electrax.config import UserError
+from electrax.data.examples import Fault, QuestionExample, short
 from electrax.data.tokenizer import Tokenizer
 from electrax.data.windows import Windows, make_windows
 from electrax.inference.batching import by_length, compiled, run, warm_up
@@ -59,14 +60,25 @@ class Reader:
         return next(self.answer_batch([("", question, context)]))[1]
 
     def answer_batch(self, questions: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, Answer]]:
-        """(id, question, context) -> (id, answer), in order, from an iterable of any length."""
+        """(id, question, context) -> (id, answer), in order, from an iterable of any length. Raises UserError for a
+        context without a token."""
+        for id, answer in self.answers(questions):
+            if isinstance(answer, Fault):
+                raise UserError(f"answer: {answer.message}")
+            yield id, answer
+
+    def answers(self, questions: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, Answer | Fault]]:
+        """As `answer_batch`, with what is wrong with a question in place of its answer."""
         questions = iter(questions)
         while some := list(itertools.islice(questions, QUESTIONS)):
             examples = [QuestionExample(id, id, question, context, ()) for id, question, context in some]
             windows = make_windows(self.tokenizer, examples, self.max_length, self.doc_stride, self.max_query)
             task = dataclasses.replace(self.task, windows=windows)
-            for found in task.predictions(self._arrays(windows)):
-                yield found["id"], self._answer(found)
+            for found, spans, (*_, context) in zip(
+                task.predictions(self._arrays(windows)), windows.spans, some, strict=True
+            ):
+                fault = Fault("context", f"expected a context with a word, found {short(context)}")
+                yield found["id"], self._answer(found) if len(spans) else fault
 
     def _arrays(self, windows: Windows) -> dict[str, np.ndarray]:
         """The beams of all windows, in their order."""

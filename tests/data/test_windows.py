@@ -111,8 +111,9 @@ def test_part_of_a_token_is_answered_with_the_token(tokenizer):
     assert fields(windows, "start", "end") == [(5, 6)]
 
 
-def test_a_context_without_a_token_still_has_a_window(tokenizer):
-    windows = make_windows(tokenizer, [question(" "), question("the mat", "mat")], 128)
+@pytest.mark.parametrize("context", [" ", "\u200b"])
+def test_a_context_without_a_token_still_has_a_window(tokenizer, context):
+    windows = make_windows(tokenizer, [question(context), question("the mat", "mat")], 128)
     assert row(windows, 0) == ids("[CLS] who sat [SEP] [SEP]")
     assert windows.parts() == [slice(0, 1), slice(1, 2)]
     assert windows.sizes(slice(0, 1)).tolist() == [0]

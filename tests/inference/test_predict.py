@@ -295,6 +295,15 @@ def test_questions_come_from_a_table_or_lines_too(reader, tmp_path, monkeypatch)
         predict(reader, tmp_path / "a.csv", "--text", "question")
 
 
+def test_a_context_without_a_word_gives_an_error_and_the_rest_go_on(reader, tmp_path, monkeypatch):
+    found = from_stdin(monkeypatch, "who\t\u200b\nwho ran\tthe dog ran\n", reader, "-")
+    assert found[0] == {"error": "standard input, line 1: expected a context with a word, found '\\u200b'"}
+    assert found[1].keys() > {"text", "start"}
+    paragraphs = [{"context": "\u200b", "qas": [{"id": "a", "question": "who"}]}]
+    write(tmp_path / "a.json", json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    assert [line.keys() for line in predict(reader, tmp_path / "a.json")] == [{"id", "error"}]
+
+
 def test_a_question_that_cannot_be_read_gives_an_error_in_its_place(reader, tmp_path, monkeypatch):
     monkeypatch.setattr("electrax.inference.predict.ROWS", 3)
     context = "the cat sat and the dog ran"

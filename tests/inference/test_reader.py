@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from electrax.config import UserError
 from electrax.data.encoded import RowBatches
 from electrax.data.examples import Answer, QuestionExample
 from electrax.data.tokenizer import Tokenizer
@@ -93,8 +95,10 @@ def test_a_score_above_the_threshold_withholds_the_answer_where_there_may_be_non
     assert answer(task, given.null_score - 0.1) == pytest.approx(given)
 
 
-def test_a_context_without_a_word_has_no_answer(reader):
-    assert reader.answer("who", "  ")[:3] == ("", 0, 0)
+@pytest.mark.parametrize("context", ["  ", "\u200b"])
+def test_a_context_without_a_word_is_an_error(reader, context):
+    with pytest.raises(UserError, match=re.escape(f"answer: expected a context with a word, found {context!r}")):
+        reader.answer("who", context)
 
 
 def test_an_endless_stream_of_questions_is_answered_as_it_comes(reader):
