@@ -215,15 +215,28 @@ def text_fault(value: Any, name: str) -> Fault | None:
     """What keeps a value from being used as a text; `name` says in the message whose it is."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return Fault("empty text", f"expected text in {name}, found none")
+    if isinstance(value, str) and "\0" in value:
+        return Fault("NUL byte", f"expected text in {name}, found a NUL character")
+    return string_fault(value, name)
+
+
+def string_fault(value: Any, name: str) -> Fault | None:
+    """What keeps a value from being tokenized, as an empty text can be; otherwise as `text_fault`."""
     if not isinstance(value, str):
         return Fault("not text", f"expected text in {name}, found {short(value)}")
-    if "\0" in value:
-        return Fault("NUL byte", f"expected text in {name}, found a NUL character")
     try:
         value.encode()  # JSON can spell what no UTF-8 can
     except UnicodeEncodeError:
         return Fault("encoding", f"expected text in {name}, found half a surrogate pair")
     return None
+
+
+def check_texts(what: str, row: str, rows: Iterable[Sequence[Any]]) -> None:
+    """Raises UserError for the first text that cannot be tokenized. `what` names what was called, `row` a row."""
+    for number, texts in enumerate(rows):
+        for place, text in enumerate(texts):
+            if fault := string_fault(text, f"{row} {number}" + (f", place {place}" if len(texts) > 1 else "")):
+                raise UserError(f"{what}: {fault.message}")
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from electrax.config import UserError
 from electrax.data.encoded import encode_pairs
+from electrax.data.examples import check_texts
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.batching import compiled, run_by_length, warm_up
 from electrax.tasks.base import Params
@@ -45,7 +46,8 @@ class Classifier:
         `value`; for several labels `labels` and `probabilities`; for a choice its number from 0 as `choice`."""
         if isinstance(texts, str):
             raise UserError("predict: expected a list of texts, not one text")
-        rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        rows = [tuple(row) if isinstance(row, (tuple, list)) else (row,) for row in texts]
+        check_texts("predict", "row", rows)
         if self.task.kind == "choice":
             return self._choose(rows)
         for row in rows:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from electrax.config import UserError
+from electrax.data.examples import check_texts
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.batching import compiled, pad, padded_length, run_by_length, warm_up
 from electrax.inference.generation import CausalModel, Continuation
@@ -280,7 +281,9 @@ class PretrainedModel:
     def _rows(self, what: str, texts: Sequence[str], truncate: bool) -> list[list[int]]:
         if isinstance(texts, str):
             raise UserError(f"{what}: expected a list of texts, not one text")
-        return [self._row(ids, truncate) for ids in self.tokenizer.encode_batch(list(texts))]
+        texts = list(texts)
+        check_texts(what, "row", ((text,) for text in texts))
+        return [self._row(ids, truncate) for ids in self.tokenizer.encode_batch(texts)]
 
     def _run(self, pooling: str | None, rows: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return run_by_length(self._forward(pooling), [(rows, self.tokenizer.pad_id)], self.max_length)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from electrax.config import UserError
-from electrax.data.examples import Fault, QuestionExample, short
+from electrax.data.examples import Fault, QuestionExample, short, string_fault
 from electrax.data.tokenizer import Tokenizer
 from electrax.data.windows import Windows, make_windows
 from electrax.inference.batching import by_length, compiled, run, warm_up
@@ -60,8 +60,8 @@ class Reader:
         return next(self.answer_batch([("", question, context)]))[1]
 
     def answer_batch(self, questions: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, Answer]]:
-        """(id, question, context) -> (id, answer), in order, from an iterable of any length. Raises UserError for a
-        context without a token."""
+        """(id, question, context) -> (id, answer), in order, from an iterable of any length. Raises UserError for what
+        is no text, and for a context without a token."""
         for id, answer in self.answers(questions):
             if isinstance(answer, Fault):
                 raise UserError(f"answer: {answer.message}")
@@ -71,14 +71,21 @@ class Reader:
         """As `answer_batch`, with what is wrong with a question in place of its answer."""
         questions = iter(questions)
         while some := list(itertools.islice(questions, QUESTIONS)):
-            examples = [QuestionExample(id, id, question, context, ()) for id, question, context in some]
+            faults = [
+                string_fault(question, "the question") or string_fault(context, "the context")
+                for _, question, context in some
+            ]
+            examples = [
+                QuestionExample(id, id, *(("", "") if fault else texts), ())
+                for (id, *texts), fault in zip(some, faults, strict=True)
+            ]
             windows = make_windows(self.tokenizer, examples, self.max_length, self.doc_stride, self.max_query)
             task = dataclasses.replace(self.task, windows=windows)
-            for found, spans, (*_, context) in zip(
-                task.predictions(self._arrays(windows)), windows.spans, some, strict=True
-            ):
-                fault = Fault("context", f"expected a context with a word, found {short(context)}")
-                yield found["id"], self._answer(found) if len(spans) else fault
+            predictions = task.predictions(self._arrays(windows))
+            for found, spans, fault, (*_, context) in zip(predictions, windows.spans, faults, some, strict=True):
+                if not fault and not len(spans):
+                    fault = Fault("context", f"expected a context with a word, found {short(context)}")
+                yield found["id"], fault or self._answer(found)
 
     def _arrays(self, windows: Windows) -> dict[str, np.ndarray]:
         """The beams of all windows, in their order."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from electrax.config import UserError
 from electrax.data.encoded import encode_pairs
+from electrax.data.examples import check_texts
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.batching import compiled, run_by_length
 from electrax.tasks.base import Params
@@ -63,6 +64,7 @@ class Rewriter:
             raise UserError(f"rewrite: expected n_best from 1 to the {beams} beams, not {n_best}")
         if beams > self.target.vocab_size:
             raise UserError(f"rewrite: {beams} beams are more than the {self.target.vocab_size} tokens there are")
+        check_texts("rewrite", "row", ((text,) for text in texts))
         rows, cut = encode_pairs(self.tokenizer, [(text,) for text in texts], self.max_length)
         if cut.any():
             log.warning("%d of %d texts longer than %d tokens were cut", cut.sum(), len(texts), self.max_length)

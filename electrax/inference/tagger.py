@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from electrax.config import UserError
+from electrax.data.examples import check_texts
 from electrax.data.tokenizer import Tokenizer
 from electrax.data.words import encode_words, word_padding
 from electrax.inference.batching import by_length, compiled, run, warm_up
@@ -51,6 +52,7 @@ class Tagger:
         """Every word of every sentence with its tag."""
         if any(isinstance(words, str) for words in (sentences, *sentences)):
             raise UserError("tag: expected a sentence as a list of words, not as one text")
+        check_texts("tag", "sentence", sentences)
         log_probs = self.log_probs(sentences)
         tagged = []
         for words, scores, numbers in zip(sentences, log_probs, self.task.decode(log_probs), strict=True):

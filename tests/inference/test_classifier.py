@@ -12,6 +12,7 @@ from electrax.inference.classifier import Classifier
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.classify import ClassifyTask
 from tests.fixtures.compilations import compilations
+from tests.fixtures.types import unchecked_types
 from tests.fixtures.weights import random_params
 
 WORDS = "the cat dog sat ran on mat red and far".split()
@@ -161,6 +162,20 @@ def test_what_is_no_text_or_pair_is_an_error(classifier):
     for row, count in (("the cat", 1), (("the cat", "sat"), 2)):
         with pytest.raises(UserError, match=f"predict: expected a context and at least two choices, not {count} texts"):
             chooser.predict([row])
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (None, "row 1, found None"),
+        (3, "row 1, found 3"),
+        (("a", None), "row 1, place 1, found None"),
+        ("\ud83d", "row 1, found half a surrogate pair"),
+    ],
+)
+def test_a_row_that_holds_no_text_is_an_error(classifier, row, message):
+    with unchecked_types(), pytest.raises(UserError, match=f"^predict: expected text in {message}$"):
+        classifier.predict(["the cat", row])
 
 
 def test_one_text_in_place_of_a_list_is_an_error(classifier):

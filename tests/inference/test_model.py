@@ -13,6 +13,7 @@ from electrax.models.generator import Generator, MaskedLMHead
 from electrax.models.masks import padding_mask
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
 from tests.fixtures.compilations import compilations
+from tests.fixtures.types import unchecked_types
 
 LINES = ["the cat sat on the mat", "a dog ran under the red mat", "big cats, small dogs and one blue hat"] * 20
 WORDS = " ".join(LINES[:3]).split()
@@ -102,6 +103,12 @@ def test_a_text_that_fills_the_model_is_encoded_and_a_longer_one_refused_or_cut(
 def test_no_text_is_an_error(model):
     with pytest.raises(UserError, match="encode: expected at least one text"):
         model.encode([])
+
+
+def test_what_is_no_text_is_an_error(model):
+    message = "^encode: expected text in row 1, found None$"
+    with unchecked_types(), pytest.raises(UserError, match=message):
+        model.encode(["the cat", None])
 
 
 def test_one_text_instead_of_a_list_is_an_error(model):

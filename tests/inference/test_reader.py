@@ -18,6 +18,7 @@ from electrax.inference.reader import Reader
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.answer import AnswerTask
 from tests.fixtures.compilations import compilations
+from tests.fixtures.types import unchecked_types
 from tests.fixtures.weights import random_params
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] who what sat ran the cat dog on mat red and far cafe 東 京 , . in".split()
@@ -99,6 +100,19 @@ def test_a_score_above_the_threshold_withholds_the_answer_where_there_may_be_non
 def test_a_context_without_a_word_is_an_error(reader, context):
     with pytest.raises(UserError, match=re.escape(f"answer: expected a context with a word, found {context!r}")):
         reader.answer("who", context)
+
+
+@pytest.mark.parametrize(
+    "question, context, message",
+    [
+        (None, "the cat", "expected text in the question, found None"),
+        ("who", None, "expected text in the context, found None"),
+        ("who", "\ud83d", "expected text in the context, found half a surrogate pair"),
+    ],
+)
+def test_what_is_no_text_is_an_error(reader, question, context, message):
+    with unchecked_types(), pytest.raises(UserError, match=f"^answer: {message}$"):
+        reader.answer(question, context)
 
 
 def test_an_endless_stream_of_questions_is_answered_as_it_comes(reader):

@@ -11,6 +11,7 @@ from electrax.inference.tagger import Entity, Tagger
 from electrax.models.encoder import EncoderConfig
 from electrax.tasks.tag import TagTask
 from tests.fixtures.compilations import compilations
+from tests.fixtures.types import unchecked_types
 from tests.fixtures.weights import random_params
 
 LINES = ["the cat sat on the mat", "a dog ran under the red mat", "big cats, small dogs and one blue hat"] * 20
@@ -103,6 +104,13 @@ def test_after_warming_up_nothing_is_compiled(tagger, tokenizer):
 
 def test_nothing_gives_nothing(tagger):
     assert tagger.tag_batch([]) == [] and tagger.tag([]) == [] and tagger.entities([]) == []
+
+
+@pytest.mark.parametrize("word, found", [(None, "None"), (3, "3"), ("\ud83d", "half a surrogate pair")])
+def test_a_word_that_is_no_text_is_an_error(tagger, word, found):
+    message = f"^tag: expected text in sentence 1, place 1, found {found}$"
+    with unchecked_types(), pytest.raises(UserError, match=message):
+        tagger.tag_batch([["the", "cat"], ["the", word]])
 
 
 def test_a_text_in_place_of_words_is_an_error(tagger):
