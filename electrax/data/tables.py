@@ -4,6 +4,7 @@ import csv
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from electrax.data.outside import parse_json
 from electrax.data.readers import COMPRESSED, TFDS_PREFIX, find_sources
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+DOCUMENT = re.compile(r"\[\s*(\{|$)|\{$")  # how JSON begins that is one value, not one a line
+NO_OBJECT = 100  # lines without one are no JSON lines
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 
 Records = Iterator[tuple[str, dict[str, Any] | Fault]]  # (where, columns -> value or what is wrong with the row)
@@ -244,15 +247,28 @@ def _text_records(path: str, column: str) -> Records:
 
 
 def _json_records(path: str) -> Records:
-    begun = False
+    """A file of another kind is refused before its first record: bad lines wait for the first that looks like one."""
+    waiting: list[tuple[str, Fault]] = []
+    refusal, begun = "", False
     for line in read_lines(path):
         text, where = line.text.strip(), f"{path}, line {line.number}"
-        if not text:
+        if not text and not line.fault:
             continue
-        if not begun and not line.fault and (text[0] != "{" or text == "{"):
-            raise UserError(f"{where}: expected one JSON object a line, found {short(text)}")
-        begun = True
-        yield where, line.fault or _json_object(text)
+        record = line.fault or _json_object(text)
+        found = line.fault.message if line.fault else f"expected one JSON object a line, found {short(text)}"
+        refusal = refusal or f"{where}: {found}"
+        if not begun and not line.fault and DOCUMENT.match(text):
+            raise UserError(refusal)
+        if begun or text.startswith("{"):
+            yield from waiting
+            yield where, record
+            waiting, begun = [], True
+            continue
+        waiting.append((where, record))
+        if len(waiting) == NO_OBJECT:
+            raise UserError(refusal)
+    if waiting:
+        raise UserError(refusal)
 
 
 def _json_object(text: str) -> dict[str, Any] | Fault:

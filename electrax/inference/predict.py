@@ -1,7 +1,6 @@
 """Lines or rows in, JSON lines out in the same order, as they come."""
 
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from electrax.tasks.tags import to_spans
 ROWS = 1024  # read and predicted together
 LINES, SQUAD = (tuple(kind + suffix for suffix in ("", *COMPRESSED)) for kind in (".txt", ".json"))
 
+Row = TextExample | QuestionExample | BadRow
 Model = Classifier | Tagger | Reader | Rewriter
 
 
@@ -46,14 +46,31 @@ def predict_lines(
         raise UserError("n_best and reranker are for a model that writes texts")
     predict = _predictor(model, config, reranker)
     rows = _rows(model, config.input, config.text or columns)
-    while some := list(itertools.islice(rows, ROWS)):
+    for some in gathered(rows, ROWS):
         found = iter(predict([row for row in some if not isinstance(row, BadRow)]))
         for row in some:
             result = _error(row) if isinstance(row, BadRow) else next(found)
             yield json.dumps(result, ensure_ascii=False)
 
 
-def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[TextExample | QuestionExample | BadRow]:
+def gathered(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
+    """The rows in lists of `most`. Where reading them fails, those before come first."""
+    some: list[Row] = []
+    try:
+        for row in rows:
+            some.append(row)
+            if len(some) == most:
+                yield some
+                some = []
+    except UserError:
+        if some:
+            yield some
+        raise
+    if some:
+        yield some
+
+
+def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[Row]:
     if isinstance(model, Reader) and len(columns) != 2:
         raise UserError(f"text: expected the columns of question and context, found {', '.join(columns)}")
     if isinstance(model, Reader) and source.endswith(SQUAD):

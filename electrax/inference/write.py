@@ -1,7 +1,6 @@
 """Prompts in, continuations out; texts in, scores out: JSON lines in the same order."""
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from electrax.config import UserError
 from electrax.data.examples import BadRow, TextExample
 from electrax.inference.generation import CausalModel
 from electrax.inference.model import PretrainedModel
-from electrax.inference.predict import ROWS, read_texts
+from electrax.inference.predict import ROWS, gathered, read_texts
 from electrax.models.decoding import Sampling
 
 Measure = Literal["perplexity", "pseudo_log_likelihood", "originality"]
@@ -96,7 +95,7 @@ def score_lines(model: PretrainedModel, config: ScoreConfig) -> Iterator[str]:
         yield json.dumps(_likelihood(model.causal("score"), _whole(config.input), config.stride))
         return
     rows = (row if isinstance(row, BadRow) else _fitting(model, config, row) for row in read_texts(config.input))
-    while some := list(itertools.islice(rows, ROWS)):
+    for some in gathered(rows, ROWS):
         found = iter(_scores(model, config, [row.texts[0] for row in some if not isinstance(row, BadRow)]))
         for row in some:
             scored = {"error": f"{row.where}: {row.message}"} if isinstance(row, BadRow) else next(found)

@@ -222,6 +222,27 @@ def test_a_file_that_is_no_json_lines_is_refused_at_once(write, data):
         read(write("a.json", data), skip=True)
 
 
+@pytest.mark.parametrize("line", ["the film", "[1]", "null", b"\xff"])
+def test_a_bad_first_json_line_is_a_bad_row(write, line):
+    line = line if isinstance(line, bytes) else line.encode()
+    path = write("a.jsonl", line + b'\n{"text": "two", "label": 1}\n')
+    assert [row[:2] for row in read(path, skip=True)[0]] == [(2, ("two",))]
+    with pytest.raises(UserError, match="1 bad row .*a.jsonl, line 1: .*expected"):
+        read(path)
+
+
+def test_a_long_json_line_is_a_bad_row(write, monkeypatch):
+    monkeypatch.setattr(examples, "MAX_LINE_BYTES", 40)
+    path = write("a.jsonl", json.dumps({"text": "x" * 50}) + '\n{"text": "two", "label": 1}\n')
+    assert read(path, skip=True) == ([(2, ("two",), "1")], {"long line": 1})
+
+
+def test_many_lines_without_a_json_object_are_refused_before_the_rest_is_read(write):
+    path = write("a.jsonl", "text,label\n" * 200 + '{"text": "two", "label": 1}\n')
+    with pytest.raises(UserError, match="a.jsonl, line 1: expected one JSON object a line, found 'text,label'"):
+        read(path, skip=True)
+
+
 def test_a_text_file_holds_one_text_a_line(write):
     path = write("a.txt", 'say "so", then\tend\r\n\nlast')
     found = list(iter_table(path, ("sentence",)))

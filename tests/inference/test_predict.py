@@ -111,6 +111,14 @@ def test_a_row_that_cannot_be_read_gives_an_error_and_the_rest_go_on(reviews, tm
     assert "a.jsonl, line 3: expected text in column 'text', found 3" in found[2]["error"]
 
 
+def test_rows_before_a_failure_of_the_file_are_predicted(reviews, tmp_path):
+    write(tmp_path / "a.csv", 'text\nthe film was good\nthe dog was poor\n"the cat was fine\n')
+    lines = predict_lines(electrax.load(reviews), PredictConfig(str(reviews), str(tmp_path / "a.csv")), ("text",))
+    assert [json.loads(next(lines))["label"] for _ in range(2)] == ["yes", "no"]
+    with pytest.raises(UserError, match="a.csv, line 4: expected a cell to end"):
+        next(lines)
+
+
 def test_lines_of_standard_input_are_told_apart_by_their_numbers(reviews, monkeypatch):
     found = from_stdin(monkeypatch, "\n".join(LINES), reviews, "-")
     assert_lines(found, "standard input, line 3: ")
