@@ -1,8 +1,12 @@
 """Lines or rows in, JSON lines out in the same order, as they come."""
 
 import dataclasses
+import io
 import json
+import queue
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -18,6 +22,7 @@ from electrax.inference.tagger import Tagger
 from electrax.tasks.tags import to_spans
 
 ROWS = 1024  # read and predicted together
+TOGETHER = 0.02  # seconds within which lines of standard input belong together
 LINES, SQUAD = (tuple(kind + suffix for suffix in ("", *COMPRESSED)) for kind in (".txt", ".json"))
 
 Row = TextExample | QuestionExample | BadRow
@@ -46,15 +51,47 @@ def predict_lines(
         raise UserError("n_best and reranker are for a model that writes texts")
     predict = _predictor(model, config, reranker)
     rows = _rows(model, config.input, config.text or columns)
-    for some in gathered(rows, ROWS):
+    for some in gathered(rows, ROWS, config.input):
         found = iter(predict([row for row in some if not isinstance(row, BadRow)]))
         for row in some:
             result = _error(row) if isinstance(row, BadRow) else next(found)
             yield json.dumps(result, ensure_ascii=False)
 
 
-def gathered(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
-    """The rows in lists of `most`. Where reading them fails, those before come first."""
+def gathered(rows: Iterable[Row], most: int, source: str) -> Iterator[list[Row]]:
+    """The rows in lists of `most`, of standard input in shorter ones where no more have come yet. Where reading them
+    fails, those before come first."""
+    return _arrived(rows, most) if source == "-" else _listed(rows, most)
+
+
+def _arrived(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
+    """Reads in a thread of its own, as nothing else can wait for a line and say whether there is one."""
+    arrived: queue.Queue[Row | BaseException | None] = queue.Queue(most)
+
+    def read() -> None:
+        try:
+            for row in rows:
+                arrived.put(row)
+            arrived.put(None)
+        except BaseException as error:
+            arrived.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        some = [arrived.get()]
+        time.sleep(TOGETHER)
+        some += [arrived.get() for _ in range(min(arrived.qsize(), most - 1))]
+        last = some[-1]
+        ended = last is None or isinstance(last, BaseException)
+        if found := some[:-1] if ended else some:
+            yield found
+        if isinstance(last, BaseException):
+            raise last
+        if ended:
+            return
+
+
+def _listed(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
     some: list[Row] = []
     try:
         for row in rows:
@@ -95,10 +132,15 @@ def read_texts(source: str) -> Iterator[TextExample | BadRow]:
 
 
 def _standard_input() -> Iterator[TextExample | BadRow]:
-    for line in decode_lines(sys.stdin.buffer):
+    binary = sys.stdin.buffer
+    # a buffer of its own: Python aborts when it ends while a thread waits in the one of sys.stdin
+    file = io.BufferedReader(binary.raw) if isinstance(binary, io.BufferedReader) else binary
+    for line in decode_lines(file):
         text, where = line.text.rstrip("\r\n"), f"standard input, line {line.number}"
         fault = line.fault or text_fault(text, "the line")
         yield BadRow(where, *fault) if fault else TextExample(where, (text,), None)
+    if file is not binary:
+        file.detach()  # which leaves sys.stdin open
 
 
 def _texts(row: TextExample, count: int) -> TextExample | BadRow:

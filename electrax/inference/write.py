@@ -95,7 +95,7 @@ def score_lines(model: PretrainedModel, config: ScoreConfig) -> Iterator[str]:
         yield json.dumps(_likelihood(model.causal("score"), _whole(config.input), config.stride))
         return
     rows = (row if isinstance(row, BadRow) else _fitting(model, config, row) for row in read_texts(config.input))
-    for some in gathered(rows, ROWS):
+    for some in gathered(rows, ROWS, config.input):
         found = iter(_scores(model, config, [row.texts[0] for row in some if not isinstance(row, BadRow)]))
         for row in some:
             scored = {"error": f"{row.where}: {row.message}"} if isinstance(row, BadRow) else next(found)

@@ -3,7 +3,9 @@
 import gzip
 import io
 import json
+import os
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -126,6 +128,24 @@ def test_lines_of_standard_input_are_told_apart_by_their_numbers(reviews, monkey
     assert [line.get("label") for line in found] == [None, "yes", "no"]  # a tab is a space to one text
     assert "standard input, line 1: byte 1: expected UTF-8, found 0xff" in found[0]["error"]
     assert from_stdin(monkeypatch, "", reviews, "-") == []
+
+
+def test_lines_of_standard_input_are_answered_before_it_ends(reviews, monkeypatch):
+    model = electrax.load(reviews)
+    model.warm_up(longest=8)
+    read, written = os.pipe()
+    end = threading.Timer(10, os.close, (written,))  # so that a failure does not wait for ever
+    with open(read) as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        end.start()
+        lines = predict_lines(model, PredictConfig(str(reviews), "-"), ("text",))
+        for text, label in (("the film was good", "yes"), ("the dog was poor", "no")):
+            os.write(written, f"{text}\n".encode())
+            assert json.loads(next(lines))["label"] == label
+            assert end.is_alive()
+        end.cancel()
+        os.close(written)
+        assert list(lines) == []
 
 
 def test_rows_beyond_those_that_are_read_together_keep_their_order(reviews, monkeypatch):
