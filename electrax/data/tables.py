@@ -17,6 +17,7 @@ from electrax.data.examples import (
     BadRow,
     BadRows,
     Fault,
+    TaggedExample,
     TextExample,
     collect,
     read_lines,
@@ -68,6 +69,13 @@ def iter_table(
         yield BadRow(where, *made) if isinstance(made, Fault) else made
 
 
+def iter_words(path: str | os.PathLike, column: str) -> Iterator[TaggedExample | BadRow]:
+    """The sentences of a column, as `iter_table` reads it: the words of a list, or a text cut at white space."""
+    for where, record in _records(os.fspath(path), [column], False, None):
+        made = record if isinstance(record, Fault) else _sentence(where, record, column)
+        yield BadRow(where, *made) if isinstance(made, Fault) else made
+
+
 def _records(path: str, columns: list[str], labelled: bool, tfds_dir: str | None) -> Records:
     if not columns:
         raise UserError(f"{path}: expected the name of at least one text column")
@@ -92,6 +100,17 @@ def _records(path: str, columns: list[str], labelled: bool, tfds_dir: str | None
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------
+
+
+def _sentence(where: str, record: dict[str, Any], column: str) -> TaggedExample | Fault:
+    if not isinstance(record.get(column), (list, np.ndarray)):
+        made = _example(where, record, (column,), "", "")
+        return made if isinstance(made, Fault) else TaggedExample(where, tuple(made.texts[0].split()), None)
+    words = [_example(where, {column: word}, (column,), "", "") for word in record[column]]
+    fault = next((word for word in words if isinstance(word, Fault)), None)
+    if not words:
+        fault = Fault("empty text", f"expected words in column {column!r}, found none")
+    return fault or TaggedExample(where, tuple(word.texts[0] for word in words), None)
 
 
 def _example(

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from electrax.config import UserError
-from electrax.data.examples import BadRow, Fault, QuestionExample, TextExample, decode_lines, text_fault
+from electrax.data.examples import BadRow, Fault, QuestionExample, TaggedExample, TextExample, decode_lines, text_fault
 from electrax.data.readers import COMPRESSED
 from electrax.data.squad import BadQuestion, iter_squad
-from electrax.data.tables import iter_table
+from electrax.data.tables import iter_table, iter_words
 from electrax.inference.classifier import Classifier
 from electrax.inference.reader import Reader
 from electrax.inference.rewriter import Reranker, Rewriter
@@ -25,7 +25,7 @@ ROWS = 1024  # read and predicted together
 TOGETHER = 0.02  # seconds within which lines of standard input belong together
 LINES, SQUAD = (tuple(kind + suffix for suffix in ("", *COMPRESSED)) for kind in (".txt", ".json"))
 
-Row = TextExample | QuestionExample | BadRow
+Row = TextExample | TaggedExample | QuestionExample | BadRow
 Model = Classifier | Tagger | Reader | Rewriter
 
 
@@ -114,9 +114,11 @@ def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[Row]:
         return iter(list(iter_squad(source, answers=False)))  # what is wrong with the file as a whole comes first
     if source == "-" or source.endswith(LINES):
         rows = (row if isinstance(row, BadRow) else _texts(row, len(columns)) for row in read_texts(source))
+    elif isinstance(model, Tagger):
+        return iter_words(source, columns[0])
     else:
         rows = iter_table(source, columns)
-    return (_question(row) if isinstance(model, Reader) and isinstance(row, TextExample) else row for row in rows)
+    return (_read_by(model, row) if isinstance(row, TextExample) else row for row in rows)
 
 
 def _error(row: BadRow) -> dict[str, Any]:
@@ -151,9 +153,15 @@ def _texts(row: TextExample, count: int) -> TextExample | BadRow:
     return dataclasses.replace(row, texts=texts)
 
 
-def _question(row: TextExample) -> QuestionExample:
-    question, context = row.texts
-    return QuestionExample(row.where, row.id or row.where, question, context, ())
+def _read_by(model: Model, row: TextExample) -> Row:
+    """A row as the kind of example that the model reads."""
+    match model:
+        case Tagger():
+            return TaggedExample(row.where, tuple(row.texts[0].split()), None)
+        case Reader():
+            question, context = row.texts
+            return QuestionExample(row.where, row.id or row.where, question, context, ())
+    return row
 
 
 def _predictor(
@@ -163,7 +171,7 @@ def _predictor(
         case Classifier():
             return lambda rows: model.predict([row.texts for row in rows]) if rows else []
         case Tagger():
-            return lambda rows: _tag(model, [row.texts[0].split() for row in rows]) if rows else []
+            return lambda rows: _tag(model, [row.words for row in rows]) if rows else []
         case Reader():
             return lambda rows: _answer(model, rows)
         case Rewriter():
@@ -171,7 +179,7 @@ def _predictor(
     raise UserError("predict: expected a fine-tuned model; a pretrained one can encode, detect and fill from Python")
 
 
-def _tag(model: Tagger, sentences: list[list[str]]) -> Iterator[dict[str, Any]]:
+def _tag(model: Tagger, sentences: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
     for words in model.tag_batch(sentences):
         result: dict[str, Any] = {
             name: [getattr(word, name) for word in words] for name in ("word", "tag", "probability")

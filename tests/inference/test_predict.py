@@ -252,6 +252,15 @@ def test_a_tagger_reads_the_words_of_a_column(tagger, tmp_path):
     assert [line["tag"] for line in predict(tagger, tmp_path / "a.csv")] == [["O", "B-ANIMAL", "O"]]
 
 
+def test_words_that_are_given_stay_the_words(tagger, tmp_path):
+    rows = [{"text": ["the", "red cat", "is\u00a0big"]}, {"text": "the red cat"}, {"text": ["the", None]}, {"text": []}]
+    write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    found = predict(tagger, tmp_path / "a.jsonl")
+    assert [line.get("word") for line in found[:2]] == [["the", "red cat", "is\u00a0big"], ["the", "red", "cat"]]
+    assert "a.jsonl, line 3: expected text in column 'text', found none" in found[2]["error"]
+    assert "a.jsonl, line 4: expected words in column 'text', found none" in found[3]["error"]
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 ASKED = [*QUESTIONS[:12], *((f"n{id}", "why", context, "") for id, _, context, _ in QUESTIONS[:4])]
