@@ -1,11 +1,12 @@
 """Texts and labels from the columns of CSV, TSV, JSON-lines and Parquet files, plain lines and TFDS datasets."""
 
+import collections
 import csv
 import difflib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from electrax.data.examples import (
     BadRow,
     BadRows,
     Fault,
+    Line,
     TaggedExample,
     TextExample,
     collect,
@@ -30,6 +32,7 @@ from electrax.data.readers import COMPRESSED, TFDS_PREFIX, find_sources
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 DOCUMENT = re.compile(r"\[\s*(\{|$)|\{$")  # how JSON begins that is one value, not one a line
 NO_OBJECT = 100  # lines without one are no JSON lines
+OPENING = re.compile(r'(^|\t)"')
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 
 Records = Iterator[tuple[str, dict[str, Any] | Fault]]  # (where, columns -> value or what is wrong with the row)
@@ -209,11 +212,44 @@ def _places(path: str, columns: list[str], header: list[str], delimiter: str) ->
 
 
 def _tab_cells(path: str) -> Iterator[tuple[int, int, list[str] | Fault]]:
-    """As `_cells`, a row a line: a quotation mark in a cell is only that, unless the whole cell is quoted."""
-    for line in read_lines(path):
-        text = line.text.rstrip("\r\n")
-        if line.fault or text:
-            yield line.number, line.number, line.fault or [_unquoted(cell) for cell in text.split("\t")]
+    """As `_cells`, but a quotation mark is text where it does not begin a cell, where none ends that cell, or where
+    each line of the quoted row has as many cells as the file has columns, and so is a row by itself."""
+    lines, ahead, width = read_lines(path), collections.deque[Line](), 0
+
+    def pull() -> Line | None:
+        return ahead.popleft() if ahead else next(lines, None)
+
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+    while line := pull():
+        taken, quoted = [line], None
+        if OPENING.search(line.text) and not line.fault:
+            taken, quoted = _quoted_row(line, pull)
+        if quoted is None or (width > 1 and all(each.text.count("\t") == width - 1 for each in taken)):
+            ahead.extendleft(reversed(taken[1:]))
+            taken, text = [line], line.text.rstrip("\r\n")
+            quoted = [_unquoted(cell) for cell in text.split("\t")] if text else []
+        fault = next((each.fault for each in taken if each.fault), None)
+        if fault or quoted:
+            width = width or len(quoted)
+            yield line.number, taken[-1].number, fault or quoted
+
+
+def _quoted_row(first: Line, pull: Callable[[], Line | None]) -> tuple[list[Line], list[str] | None]:
+    """The lines that were read of a row with quoted cells, and the cells; None where those are not quoted well."""
+    taken: list[Line] = []
+
+    def feed() -> Iterator[str]:
+        size, line = 0, first
+        while line and size <= 2 * MAX_LINE_BYTES:
+            taken.append(line)
+            size += len(line.text)
+            yield line.text
+            line = pull()
+
+    try:
+        return taken, next(csv.reader(feed(), delimiter="\t", strict=True))
+    except csv.Error:
+        return taken, None
 
 
 def _unquoted(cell: str) -> str:

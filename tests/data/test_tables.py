@@ -53,6 +53,24 @@ def test_a_row_is_named_by_file_and_line(write):
     assert next(iter_table(path, ("text",))).where == f"{path}, line 2"
 
 
+def test_cells_of_a_tsv_may_be_quoted_as_those_of_a_csv(write):
+    path = write("a.tsv", 'label\ttext\npos\t"two\n\nlines"\r\nneg\t"a\ttab, ""so"""\npos\tlast\n')
+    expected = [(2, ("two\n\nlines",), "pos"), (5, ('a\ttab, "so"',), "neg"), (6, ("last",), "pos")]
+    assert read(path) == (expected, {})
+    assert rows(write("b.tsv", 'text\n"two\nlines"\n'), label="") == [(("two\nlines",), None)]
+
+
+def test_a_fault_in_a_line_of_a_quoted_tsv_cell_is_one_of_its_row(write):
+    path = write("a.tsv", b'label\ttext\npos\t"two\n\xff lines"\nneg\tlast\n')
+    assert read(path, skip=True) == ([(4, ("last",), "neg")], {"encoding": 1})
+
+
+@pytest.mark.parametrize("first, second", [('"open', 'closed"'), ('"open', "so"), ('"open', '"so" and so'), ("a", '"')])
+def test_lines_of_a_tsv_that_are_rows_by_themselves_stay_rows(write, first, second):
+    path = write("a.tsv", f"text\tlabel\n{first}\tx\n{second}\ty\nthree\tz\n")
+    assert rows(path) == [((first,), "x"), ((second,), "y"), (("three",), "z")]
+
+
 def test_a_row_of_a_tsv_is_a_line_whatever_its_quotation_marks(write):
     path = write("a.tsv", 'text\tlabel\nsay "so", then\tx\n"open\ty\n"so ""called"""\tz\n"yes" or "no"\tz\n')
     expected = [('say "so", then', "x"), ('"open', "y"), ('so "called"', "z"), ('"yes" or "no"', "z")]
