@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def _label(value: Any, separator: str) -> str | tuple[str, ...] | None:
         return tuple(dict.fromkeys(labels)) if all(isinstance(label, str) for label in labels) else None
     if isinstance(value, bool):
         written = str(value).lower()
-    elif isinstance(value, (int, str)) or (isinstance(value, float) and not math.isnan(value)):
+    elif isinstance(value, (int, str)) or (isinstance(value, (float, Decimal)) and math.isfinite(value)):
         written = str(value).strip()
     else:
         written = ""
@@ -344,6 +345,8 @@ def _parquet_records(path: str, columns: list[str]) -> Records:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             for name in columns:
+                if names.count(name) > 1:
+                    raise UserError(f"{path}: expected one column {name!r}, found {names.count(name)}")
                 if name not in names:
                     raise UserError(f"{path}: {_missing(name, names)}")
             for batch in file.iter_batches(1024, columns=list(dict.fromkeys(columns))):

@@ -1,3 +1,4 @@
+import decimal
 import gzip
 import json
 import shutil
@@ -219,6 +220,7 @@ def test_json_labels_may_be_numbers_and_lists(write, label, expected):
         ('{"text": "\\u0000", "label": 1}', "NUL byte", "found a NUL character"),
         ('{"text": "a", "label": null}', "label", "expected a label in column 'label', found None"),
         ('{"text": "a", "label": NaN}', "label", "found nan"),
+        ('{"text": "a", "label": Infinity}', "label", "found inf"),
         ('{"text": "a", "label": [1, {}]}', "label", r"found \[1, {}\]"),
         ('{"text": "a", "label": {"b": 1}}', "label", "found {'b': 1}"),
         (b'{"text": "\xff", "label": 1}', "encoding", "byte 11: expected UTF-8, found 0xff"),
@@ -316,6 +318,19 @@ def test_parquet_rows_are_numbered_from_one(parquet):
 
 def test_parquet_lists_are_multi_label(parquet):
     assert rows(parquet(text=["one", "two"], label=[["b", "a"], []])) == [(("one",), ("b", "a")), (("two",), ())]
+
+
+def test_parquet_decimals_are_numbers(parquet):
+    assert rows(parquet(text=["one"], label=[decimal.Decimal("1.50")])) == [(("one",), "1.50")]
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table([["one"], ["x"], ["two"]], names=["text", "label", "text"])
+    path = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    with pytest.raises(UserError, match="a.parquet: expected one column 'text', found 2"):
+        read(path)
 
 
 def test_bad_parquet_rows_are_named_by_row(parquet):
