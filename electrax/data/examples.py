@@ -243,12 +243,27 @@ def check_texts(what: str, row: str, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def find_classes(examples: Sequence[TextExample]) -> tuple[str, ...]:
-    """The labels that occur, in order of value where all are numbers, else in alphabetical order."""
-    found = {label for example in examples for label in _labels(example)}
-    numbers = {label: _number(label) for label in found}
+    """The labels that occur, in order of value where all are numbers, else in alphabetical order. Raises UserError for
+    one number written in two ways, as 1 and 1.0 in a table, which would be two classes."""
+    first: dict[str, str] = {}  # label -> where
+    for example in examples:
+        for label in _labels(example):
+            first.setdefault(label, example.where)
+    numbers = {label: _number(label) for label in first}
+    _check_written_once(numbers, first)
     if any(number is None for number in numbers.values()):
-        return tuple(sorted(found))
-    return tuple(sorted(found, key=lambda label: (numbers[label], label)))
+        return tuple(sorted(first))
+    return tuple(sorted(first, key=lambda label: (numbers[label], label)))
+
+
+def _check_written_once(numbers: dict[str, float | None], where: dict[str, str]) -> None:
+    written: dict[float, str] = {}
+    for label, number in numbers.items():
+        known = label if number is None else written.setdefault(number, label)
+        if known != label:
+            raise UserError(
+                f"{where[label]}: expected the label {known!r} as in {where[known]}, found {label!r} (one number)"
+            )
 
 
 def check_labels(examples: Sequence[TextExample], classes: Sequence[str], bad: BadRows) -> list[TextExample]:

@@ -86,6 +86,13 @@ def test_classes_are_the_labels_in_numeric_or_alphabetical_order(labels, classes
     assert find_classes(labelled(*labels)) == classes
 
 
+@pytest.mark.parametrize("labels", [["1", "0", "1.0"], ["1", "x", ("y", "1.0")]])
+def test_a_number_written_in_two_ways_is_not_two_classes(labels):
+    message = r"^row 3: expected the label '1' as in row 1, found '1.0' \(one number\)$"
+    with pytest.raises(UserError, match=message):
+        find_classes(labelled(*labels))
+
+
 def test_labels_outside_the_classes_are_bad_rows():
     bad = BadRows()
     rows = labelled("yes", "maybe", None, ("no", "yes"), ("no", "what"), ())
