@@ -364,12 +364,14 @@ def load(workdir: str | os.PathLike, compute_dtype: str | None = None) -> "Class
     tokenizer, head = Tokenizer.load(workdir), read_head(workdir)
     task = make_task(config, tokenizer, head, None)
     params, data = rounded_layers(trained(workdir)[1], config.model.compute_dtype), config.data
+    # of a choice there may be more than in training, and a model of another format had no rows here
+    texts = len(_text_columns(config)) if data.path and config.head.kind != "choice" else None
     match config.task:
         case "classify" if config.head.template:
             words = template_words(config.head, head["classes"])
-            return TemplateClassifier(params, tokenizer, task, data.max_length, words, config.head.template)
+            return TemplateClassifier(params, tokenizer, task, data.max_length, words, config.head.template, texts)
         case "classify":
-            return Classifier(params, tokenizer, task, data.max_length)
+            return Classifier(params, tokenizer, task, data.max_length, texts)
         case "tag":
             return Tagger(params, tokenizer, task, data.max_length)
         case "answer":
@@ -383,6 +385,10 @@ def text_columns(workdir: str | os.PathLike) -> tuple[str, ...]:
     config = read_config(as_workdir(workdir))
     if not isinstance(config, FinetuneConfig):
         raise UserError(f"{workdir}: expected the work directory of a fine-tuning; this is one of a pretraining")
+    return _text_columns(config)
+
+
+def _text_columns(config: FinetuneConfig) -> tuple[str, ...]:
     if config.task == "answer":
         return "question", "context"
     return GLUE[config.data.glue].texts if config.data.format == "glue" else config.data.text

@@ -17,10 +17,14 @@ from electrax.tasks.classify import ClassifyTask
 
 
 class Classifier:
-    """`predict` takes what one row of the training data had: a text, a pair, or a context with its choices."""
+    """`predict` takes what one row of the training data had: a text, a pair, or a context with its choices. `texts`:
+    whether that is a text or a pair, 1 or 2; None where nothing says so."""
 
-    def __init__(self, params: Params, tokenizer: Tokenizer, task: ClassifyTask, max_length: int):
+    def __init__(
+        self, params: Params, tokenizer: Tokenizer, task: ClassifyTask, max_length: int, texts: int | None = None
+    ):
         self.params, self.tokenizer, self.task, self.max_length = params, tokenizer, task, max_length
+        self.texts = texts
         # each choice of a question comes as a row of its own
         self._forward = compiled(
             lambda params, ids: task.logits(params, {"ids": ids[:, None] if task.kind == "choice" else ids})
@@ -51,8 +55,9 @@ class Classifier:
         if self.task.kind == "choice":
             return self._choose(rows)
         for row in rows:
-            if not 1 <= len(row) <= 2:
-                raise UserError(f"predict: expected a text or a pair of texts, not {len(row)} texts")
+            if not (1 <= len(row) <= 2 if self.texts is None else len(row) == self.texts):
+                expected = {None: "a text or a pair of texts", 1: "one text", 2: "a pair of texts"}[self.texts]
+                raise UserError(f"predict: expected {expected}, not {len(row)} text{'s' * (len(row) != 1)}")
         return [self._describe(row) for row in self.logits(rows).astype(np.float64)]
 
     def _describe(self, logits: Float[np.ndarray, " C"]) -> dict[str, Any]:

@@ -50,12 +50,20 @@ def predict_lines(
     if not isinstance(model, Rewriter) and (config.n_best != 1 or reranker):
         raise UserError("n_best and reranker are for a model that writes texts")
     predict = _predictor(model, config, reranker)
+    _check_columns(model, config.text)
     rows = _rows(model, config.input, config.text or columns)
     for some in gathered(rows, ROWS, config.input):
         found = iter(predict([row for row in some if not isinstance(row, BadRow)]))
         for row in some:
             result = _error(row) if isinstance(row, BadRow) else next(found)
             yield json.dumps(result, ensure_ascii=False)
+
+
+def _check_columns(model: Model, named: tuple[str, ...]) -> None:
+    count = model.texts if isinstance(model, Classifier) else None if isinstance(model, Reader) else 1
+    if named and count is not None and len(named) != count:
+        what = "the column of one text" if count == 1 else "the columns of a pair of texts"
+        raise UserError(f"text: expected {what}, as in training, found {', '.join(named)}")
 
 
 def gathered(rows: Iterable[Row], most: int, source: str) -> Iterator[list[Row]]:

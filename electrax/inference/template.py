@@ -32,9 +32,10 @@ class TemplateClassifier(Classifier):
         max_length: int,
         words: Sequence[str],
         template: str,
+        texts: int | None = None,
     ):
         check_template(template, words)
-        super().__init__(params, tokenizer, task, max_length)
+        super().__init__(params, tokenizer, task, max_length, texts)
         self.words, self.template = tuple(words), template
         # what is compiled does not depend on the classes
         self._forward = functools.partial(_originality, dataclasses.replace(task, classes=()))

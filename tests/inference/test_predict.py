@@ -220,6 +220,20 @@ def test_predicted_numbers_are_in_the_units_of_the_labels(numbers, tmp_path):
     assert results["metrics"]["pearson"] == pytest.approx(np.corrcoef(found, expected)[0, 1], abs=1e-3)
 
 
+def test_a_model_says_how_many_texts_it_expects(numbers, reviews, tmp_path):
+    with pytest.raises(UserError, match="^predict: expected a pair of texts, not 1 text$"):
+        electrax.load(numbers).predict(["the cat"])
+    with pytest.raises(UserError, match="^predict: expected one text, not 2 texts$"):
+        electrax.load(reviews).predict([("the cat", "a dog")])
+    write_rows(tmp_path / "a.csv", [("the cat", "a dog")], ("text", "other"))
+    message = "^text: expected the column of one text, as in training, found text, other$"
+    with pytest.raises(UserError, match=message):
+        predict(reviews, tmp_path / "a.csv", "--text", '["text", "other"]')
+    message = "^text: expected the columns of a pair of texts, as in training, found text$"
+    with pytest.raises(UserError, match=message):
+        predict(numbers, tmp_path / "a.csv", "--text", "text")
+
+
 # -- tags --------------------------------------------------------------------------------------------------------------
 
 
