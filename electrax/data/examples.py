@@ -266,15 +266,18 @@ def _check_written_once(numbers: dict[str, float | None], where: dict[str, str])
             )
 
 
-def check_labels(examples: Sequence[TextExample], classes: Sequence[str], bad: BadRows) -> list[TextExample]:
-    """The examples whose labels are all among `classes`; the others go to `bad`."""
+def check_labels(
+    examples: Sequence[TextExample], classes: Sequence[str], bad: BadRows, meaning: str = ""
+) -> list[TextExample]:
+    """The examples whose labels are all among `classes`; the others go to `bad`, with what a label means."""
+    meaning = f" ({meaning})" if meaning else ""
     known, good = set(classes), []
     names = ", ".join(map(short, classes[:10])) + (f", … ({len(classes)} in all)" if len(classes) > 10 else "")
     for example in examples:
         unknown = [label for label in _labels(example) if label not in known]
         if example.label is None or unknown:
             found = f"{short(unknown[0])}" if unknown else "none"
-            bad.add(example.where, "label", f"expected one of the labels {names}, found {found}")
+            bad.add(example.where, "label", f"expected one of the labels {names}{meaning}, found {found}")
         else:
             good.append(example)
     return good

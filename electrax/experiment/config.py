@@ -122,7 +122,8 @@ class FinetuneCheckpointConfig(CheckpointConfig):
 class HeadConfig:
     """What the head's outputs are; the sizes come from the data."""
 
-    kind: Literal["classes", "labels", "number", "choice"] = "classes"  # one class, several labels, a number, a choice
+    # one class, several labels, a number, or the number of the right one among choices, counted from 0
+    kind: Literal["classes", "labels", "number", "choice"] = "classes"
     style: HeadStyle = "linear"  # dense: as Transformers' classification head
     template: str = ""  # few-shot: which label's word looks original here, as in "{text} It was {label}."; no new head
     words: tuple[str, ...] = ()  # of the classes in the template, in their order; default: their names

@@ -39,7 +39,8 @@ class ExamplesConfig:
     on_bad_row: Literal["error", "skip"] = "error"  # report all of them and end, or leave them out and count
     # columns: one, two for a pair, or the context and each choice; of parallel files the ending of the source's name
     text: tuple[str, ...] = ("text",)
-    label: str = "label"  # column; of parallel files the ending of the target's name
+    # column, of choices with the number of the right one, counted from 0; of parallel files the ending of the target's
+    label: str = "label"
     label_separator: str = ""  # between the labels of a row, for several labels
     word_column: int = 0  # of CoNLL files; -1 is the last
     tag_column: int = -1

@@ -45,6 +45,8 @@ class TaskRows:
     target: Tokenizer | None = None  # of what they become
 
 
+CHOICE = "the number of the right choice, counted from 0"
+
 # -- classification ----------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +74,10 @@ def classify_rows(
         classes = tuple(known["classes"]) if known else glue.classes if glue else _classes(kind, train)
         if kind != "labels":
             train, dev = _single(train, bad), _single(dev, bad)
-        train, dev = check_labels(train, classes, bad), check_labels(dev, classes, bad)
+        if kind == "choice":
+            _check_first_choice(config, classes, train, dev)
+        meaning = CHOICE if kind == "choice" else ""
+        train, dev = check_labels(train, classes, bad, meaning), check_labels(dev, classes, bad, meaning)
     bad.close(config.path)
     if kind in ("classes", "labels") and len(classes) < 2 and train:
         raise UserError(f"{config.path}: all rows have the label {classes[0]!r}; expected two labels or more")
@@ -124,6 +129,17 @@ def _classes(kind: str, train: list[TextExample]) -> tuple[str, ...]:
     if kind == "choice":  # the label is the number of the choice, from 0
         return tuple(str(i) for i in range(max((len(e.texts) - 1 for e in train), default=2)))
     return find_classes(train)
+
+
+def _check_first_choice(
+    config: ExamplesConfig, classes: Sequence[str], train: list[TextExample], dev: list[TextExample]
+) -> None:
+    """Raises UserError for training rows that count their choices from 1."""
+    labels = {example.label for example in [*train, *dev]}
+    if train and labels and labels <= {str(i) for i in range(1, len(classes) + 1)}:
+        raise UserError(
+            f"{config.path}: expected as label {CHOICE}, found {', '.join(sorted(labels))} alone (counted from 1?)"
+        )
 
 
 def _metric(glue, kind: str) -> str:

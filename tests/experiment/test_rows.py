@@ -143,8 +143,23 @@ def test_a_choice_has_a_row_of_the_context_with_each_of_its_texts(tokenizer, tmp
     ]
     assert (batch["label"].tolist(), batch["weight"].tolist()) == ([0, 0], [1, 0])
     assert (rows.head["classes"], rows.head["metric"]) == (["0", "1"], "accuracy")
-    with pytest.raises(UserError, match=r"train.tsv, line 2: expected one of the labels '0', '1', found '2'"):
+    with pytest.raises(UserError, match=r"train.tsv, line 2: .* '0', '1' .*counted from 0\), found '2'"):
         write_rows(tmp_path / "train.tsv", [("who ran", "a", "b", "2")], ("q", "a", "b", "label"))
+        rows_of(tokenizer, tmp_path, head={"kind": "choice"}, data={"text": ["q", "a", "b"]})
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ("12", r"the number of the right choice, counted from 0, found 1, 2 alone \(counted from 1\?\)$"),
+        ("AB", r"line 2: .*'1' \(the number of the right choice, counted from 0\), found 'A'"),
+    ],
+)
+def test_labels_of_choices_that_do_not_count_from_0_are_an_error_that_says_so(tokenizer, tmp_path, labels, message):
+    table = [("who ran", "the cat", "the dog", labels[0]), ("who sat", "cat", "dog", labels[1])]
+    for name in ("train.tsv", "dev.tsv"):
+        write_rows(tmp_path / name, table, ("q", "a", "b", "label"))
+    with pytest.raises(UserError, match=message):
         rows_of(tokenizer, tmp_path, head={"kind": "choice"}, data={"text": ["q", "a", "b"]})
 
 
