@@ -1,6 +1,7 @@
 """Labelled examples of a benchmark or of a person's own files."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -210,6 +211,14 @@ def references(example: TextExample) -> tuple[str, ...]:
     """Each text that the example's may become."""
     label = example.label or ()
     return (label,) if isinstance(label, str) else label
+
+
+def sha256_of(examples: Sequence[Example]) -> str:
+    """Of everything in the examples but where they stand."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(dataclasses.replace(example, where="")).encode())
+    return digest.hexdigest()
 
 
 def texts_of(examples: Sequence[Example]) -> list[str]:

@@ -22,7 +22,7 @@ from electrax.experiment.config import (
     finished,
     read_config,
 )
-from electrax.experiment.examples import read_examples, targets_of, texts_of
+from electrax.experiment.examples import read_examples, sha256_of, targets_of, texts_of
 from electrax.experiment.foreign import as_workdir
 from electrax.experiment.head import keep_head, read_head, takes_head
 from electrax.experiment.plan import Plan, plan_mesh, plan_run
@@ -277,7 +277,7 @@ def make_rows(
     if rows.dev is None or (rows.train is None and not known):
         raise UserError(f"{data.path}: no row is left to {'evaluate on' if rows.dev is None else 'train on'}")
     head["rows"] = known["rows"] if known else rows.train.rows.sha256(leave_out="teacher")
-    return dataclasses.replace(rows, head=head)
+    return dataclasses.replace(rows, head=head, dev_sha256=sha256_of(examples[1]))
 
 
 def _kind(config: FinetuneConfig) -> str:

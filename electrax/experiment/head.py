@@ -35,11 +35,18 @@ def read_head(workdir: str | os.PathLike) -> dict[str, Any]:
 def keep_head(config: FinetuneConfig, head: dict[str, Any]) -> None:
     """Writes head.json. Raises UserError where checkpoints are kept of a run on other rows."""
     workdir = path_of(config.workdir)
-    if holds_run(workdir) and read_head(workdir)["rows"] != head["rows"]:
+    if holds_run(workdir):
+        check_rows(config, head)
+    write_atomically(workdir / HEAD_FILE, json.dumps(head, indent=1) + "\n")
+
+
+def check_rows(config: FinetuneConfig, head: dict[str, Any]) -> None:
+    """Raises UserError where the run that is kept was trained on other rows than those that `head` was made of."""
+    workdir = path_of(config.workdir)
+    if read_head(workdir)["rows"] != head["rows"]:
         raise UserError(
             f"{workdir / HEAD_FILE} holds a run on other rows than those of {config.data.path}; take another workdir"
         )
-    write_atomically(workdir / HEAD_FILE, json.dumps(head, indent=1) + "\n")
 
 
 def keep_threshold(workdir: str | os.PathLike, threshold: float) -> None:

@@ -43,6 +43,7 @@ class TaskRows:
     windows: Windows | None = None  # those of dev
     references: Sequence[tuple[str, ...]] = ()  # what the texts of dev may become
     target: Tokenizer | None = None  # of what they become
+    dev_sha256: str = ""  # of the dev examples
 
 
 CHOICE = "the number of the right choice, counted from 0"

@@ -10,9 +10,9 @@ from rich.markup import escape
 
 from electrax.config import AnyPath, UserError, to_toml
 from electrax.data.outside import read_object
-from electrax.experiment.config import FinetuneConfig, read_config
-from electrax.experiment.finetune import evaluate_trained, plan, resolve, set_up
-from electrax.experiment.head import keep_threshold
+from electrax.experiment.config import FinetuneConfig, TeacherConfig, read_config
+from electrax.experiment.finetune import check, evaluate_trained, plan, resolve, set_up
+from electrax.experiment.head import check_rows, keep_threshold
 from electrax.experiment.rows import TaskRows
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run, check_continued, holds_run
 from electrax.report.common import (
@@ -31,7 +31,7 @@ from electrax.report.common import (
 from electrax.storage import make_folder, path_of, remove_folder, write_atomically
 from electrax.tasks.finetune import LESS_IS_BETTER, FinetuneTask
 from electrax.training.loop import NonFiniteLoss, Record
-from electrax.training.processes import agreed
+from electrax.training.processes import agreed, together
 
 MOST_ROWS, MOST_COLUMNS = 25, 12  # of a table that is shown
 
@@ -42,20 +42,18 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
         show_plan(plan(config))
         return 0
     if config.seeds == 1:
+        kept_folders(config)
         results = train_one(config, command)
         return INTERRUPTED if results is None else 0
     config, workdir = resolve(config), path_of(config.workdir)
+    dev_rows = check_kept(config)
 
     def keep_config() -> None:
-        if holds_run(workdir):
-            raise UserError(f"{workdir} holds a run of one seed; take another workdir for several")
-        if any(workdir.glob("seed-*")):
-            check_continued(config)
         make_folder(workdir)
         write_atomically(workdir / CONFIG_FILE, to_toml(config))
 
     agreed(keep_config)
-    runs = train_seeds(config, range(config.seed, config.seed + config.seeds), command)
+    runs = train_seeds(config, range(config.seed, config.seed + config.seeds), command, dev_rows)
     if runs is None:
         return INTERRUPTED
     results = summarize_seeds(runs)
@@ -65,7 +63,7 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
         if runs[name]["score"] is not None and not holds_run(workdir / name):
             agreed((workdir / name / RESULTS_FILE).unlink, True)
             lost.append(int(name.removeprefix("seed-")))
-    if train_seeds(config, lost, command) is None:
+    if train_seeds(config, lost, command, dev_rows) is None:
         return INTERRUPTED
     write_results(workdir, results)
     for name in set(runs) - keep:
@@ -74,16 +72,47 @@ def finetune_and_report(config: FinetuneConfig, command: str) -> int:
     return 0
 
 
-def train_seeds(config: FinetuneConfig, seeds: Iterable[int], command: str) -> dict[str, dict[str, Any]] | None:
+def kept_folders(config: FinetuneConfig) -> list[AnyPath]:
+    """Where the work directory holds what this config may continue: itself, or the folders of its seeds. Raises
+    UserError where it holds one seed and the config wants several, or the other way round."""
+    workdir = path_of(config.workdir)
+    seeds = agreed(lambda: sorted(path.name for path in workdir.glob("seed-*")))
+    if config.seeds > 1 and holds_run(workdir):
+        raise UserError(f"{workdir} holds a run of one seed; take another workdir for several")
+    if config.seeds == 1 and seeds:
+        raise UserError(f"{workdir} holds runs of several seeds; take another workdir for one")
+    folders = [workdir] if config.seeds == 1 else [workdir / name for name in seeds]
+    return [folder for folder in folders if holds_run(folder)]
+
+
+def check_kept(config: FinetuneConfig) -> str:
+    """The hash of the dev rows, where the work directory holds checkpoints; else nothing. Raises UserError where they
+    are of a run with other settings or on other training rows, which this one does not continue."""
+    config, dev_rows = resolve(config), ""
+    folders = kept_folders(config)
+    if folders:
+        agreed(check_continued, config)
+    for folder in folders:
+        one = dataclasses.replace(config, workdir=str(folder), teacher=TeacherConfig())  # it changes no row
+        with together():
+            rows = check(one)[2]
+            check_rows(one, rows.head)
+        dev_rows = rows.dev_sha256
+    return dev_rows
+
+
+def train_seeds(
+    config: FinetuneConfig, seeds: Iterable[int], command: str, dev_rows: str
+) -> dict[str, dict[str, Any]] | None:
     """The results of these seeds by the names of their runs, of which those are trained that are not there yet; None
-    after a stop that saved."""
+    after a stop that saved. `dev_rows` is what `check_kept` gives."""
     runs, left = {}, {}
     for seed in sorted(seeds):
         name = f"seed-{seed}"
         workdir = path_of(config.workdir) / name
         one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(workdir))
         runs[name] = read_results(workdir)
-        if runs[name] is None or not is_of(one):
+        if runs[name] is None or runs[name].get("dev_rows") != dev_rows or not is_of(one):
             left[name] = one
     while left:
         results = train_some(left, command)
@@ -155,6 +184,7 @@ def finish(run: Run, rows: TaskRows, final: Record | NonFiniteLoss) -> dict[str,
     if isinstance(final, NonFiniteLoss):
         console.print(f"[bold red]did not train:[/] {escape(str(final))}", soft_wrap=True)
         results = {"task": config.task, "metric": None, "score": None, "scores": [None], "failed": [str(final)]}
+        results["dev_rows"] = rows.dev_sha256
         write_results(config.workdir, results)
         return results
     if config.eval.patience:
@@ -164,7 +194,7 @@ def finish(run: Run, rows: TaskRows, final: Record | NonFiniteLoss) -> dict[str,
         final = evaluate_trained(config, step=best[0])[2]
     if config.task == "answer" and config.head.no_answer and config.head.null_threshold is None:
         final = at_best_threshold(run, final)
-    results = describe(run.task, final) | {"notes": list(rows.notes)}
+    results = describe(run.task, final) | {"notes": list(rows.notes), "dev_rows": rows.dev_sha256}
     write_results(config.workdir, results)
     show_final(run.task, final)
     return results

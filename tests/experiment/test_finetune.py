@@ -380,6 +380,46 @@ def test_a_run_on_other_rows_is_not_continued(config, straight, folder):
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 
 
+@pytest.fixture
+def two_seeds(config, folder, tmp_path):
+    """(work directory, seeds) -> config of one step on a copy of the rows, of which two seeds in `run` are trained."""
+    for name in ("train.csv", "dev.csv"):
+        shutil.copy(folder / name, tmp_path / name)
+
+    def made(name="run", seeds=2):
+        return config(tmp_path / name, seeds=seeds, steps=1, data={"path": str(tmp_path)})
+
+    train(made())
+    return made
+
+
+def test_finished_seeds_are_refused_on_other_rows_and_without_any(two_seeds, tmp_path):
+    rows = (tmp_path / "train.csv").read_text()
+    before = results_of(tmp_path / "run")
+    assert train(two_seeds()) == before
+    (tmp_path / "train.csv").write_text(rows.replace("poor,no", "poor,yes"))
+    with pytest.raises(UserError, match="seed-0/head.json holds a run on other rows than those of"):
+        train(two_seeds())
+    (tmp_path / "train.csv").unlink()
+    with pytest.raises(UserError, match="expected train.csv or the like in it"):
+        train(two_seeds())
+    assert results_of(tmp_path / "run") == before
+
+
+def test_finished_seeds_are_measured_on_the_dev_rows_of_now(two_seeds, tmp_path):
+    before = results_of(tmp_path / "run")
+    shutil.copy(tmp_path / "train.csv", tmp_path / "dev.csv")
+    after = train(two_seeds())
+    assert all(a != b for a, b in zip(before["scores"], after["scores"], strict=True))
+    straight = train(two_seeds("straight"))
+    assert after["scores"] == straight["scores"]
+
+
+def test_several_seeds_are_not_continued_as_one(two_seeds):
+    with pytest.raises(UserError, match="holds runs of several seeds; take another workdir for one"):
+        train(two_seeds(seeds=1))
+
+
 # -- what stays as it was, and what ends early -------------------------------------------------------------------------
 
 
