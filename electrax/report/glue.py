@@ -7,25 +7,27 @@ import numpy as np
 from electrax.data.glue import GLUE
 from electrax.experiment.glue import GlueConfig, predict_tests, task_configs
 from electrax.report.common import console, show_table, write_results
-from electrax.report.finetune import finetune_and_report, read_results
+from electrax.report.finetune import check_kept, finetune_and_report, read_results
 from electrax.storage import path_of
 
 LEFT_OUT = "wnli"  # of the average, as in the literature
 
 
 def glue_and_report(config: GlueConfig, command: str) -> int:
-    """Trains every task (those that are finished already are not trained again), writes the leaderboard's files and
-    the table. Returns the exit status."""
+    """Trains every task (those that are finished already are only measured again), writes the leaderboard's files and
+    the table. Returns the exit status. Raises UserError before the first training where the work directory holds a task
+    with other settings or on other rows."""
     results, files = {}, []
-    for row, task in task_configs(config):
+    configs = dict(task_configs(config))
+    for row, task in configs.items():
+        if row in GLUE:  # what a task after MNLI starts from may not be there yet
+            check_kept(task)
+    for row, task in configs.items():
         console.rule(row)
-        found = read_results(path_of(task.workdir))
-        if found is None:
-            status = finetune_and_report(task, command)
-            if status:
-                return status
-            found = read_results(path_of(task.workdir))
-        results[row] = found
+        status = finetune_and_report(task, command)
+        if status:
+            return status
+        results[row] = read_results(path_of(task.workdir))
         if row in GLUE:
             files += predict_tests(config, row, task.workdir)
     averaged = [row for row in results if row in GLUE and row != LEFT_OUT]

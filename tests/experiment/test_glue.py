@@ -91,6 +91,32 @@ def test_what_is_finished_is_not_trained_again(trained):
     assert (folder / "run" / "results.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch_size", "16"], "rte/config.toml holds a run with batch_size = 8, now 16; take another workdir"),
+        (["--seeds", "1"], "rte holds runs of several seeds; take another workdir for one"),
+    ],
+)
+def test_a_finished_task_with_other_settings_is_refused(trained, more, message):
+    folder, _, words = trained
+    with pytest.raises(UserError, match=message):
+        run(folder, *words, *more)
+
+
+def test_a_finished_task_on_other_rows_is_refused_before_any_other_is_trained(trained):
+    folder, _, words = trained
+    rows = (folder / "data" / "RTE" / "train.tsv").read_text()
+    write_glue(folder / "data", "wnli", ("train", "dev"))
+    try:
+        (folder / "data" / "RTE" / "train.tsv").write_text(rows.replace("good", "poor"))
+        with pytest.raises(UserError, match="rte/seed-0/head.json holds a run on other rows than those of"):
+            run(folder, *words, "--tasks", '["wnli", "mnli", "rte"]')
+    finally:
+        (folder / "data" / "RTE" / "train.tsv").write_text(rows)
+    assert not (folder / "run" / "wnli").exists()
+
+
 # -- without training --------------------------------------------------------------------------------------------------
 
 
@@ -154,16 +180,27 @@ SCORES = {"cola": 0.6, "sst2": 0.9, "mrpc": 0.8, "stsb": 0.85, "qqp": 0.88, "mnl
           "wnli": 0.1}  # fmt: skip
 
 
-def finished_runs(folder, scores):
-    """Files of every task, and results as if they had been trained."""
-    for task, score in scores.items():
-        write_glue(folder / "data", task, ("train", "dev_matched" if task == "mnli" else "dev"))
-        found = {"metric": GLUE[task].metrics[0], "score": score, "scores": [score], "std": 0.015}
-        write(folder / "run" / task / "results.json", json.dumps(found))
+@pytest.fixture
+def finished_runs(tmp_path, monkeypatch):
+    """(scores) Makes files of every task, and results in the place of its training."""
+
+    def make(scores):
+        for task in scores:
+            write_glue(tmp_path / "data", task, ("train", "dev_matched" if task == "mnli" else "dev"))
+
+        def trained(config, command):
+            task = config.data.glue
+            found = {"metric": GLUE[task].metrics[0], "score": scores[task], "scores": [scores[task]], "std": 0.015}
+            write(tmp_path / "run" / task / "results.json", json.dumps(found))
+            return 0
+
+        monkeypatch.setattr("electrax.report.glue.finetune_and_report", trained)
+
+    return make
 
 
-def test_the_average_is_that_of_eight_tasks_without_wnli(tmp_path):
-    finished_runs(tmp_path, SCORES)
+def test_the_average_is_that_of_eight_tasks_without_wnli(tmp_path, finished_runs):
+    finished_runs(SCORES)
     status, output = run(tmp_path)
     assert status == 0
     # (60 + 90 + 80 + 85 + 88 + 82 + 86 + 70) / 8
@@ -174,9 +211,9 @@ def test_the_average_is_that_of_eight_tasks_without_wnli(tmp_path):
                     for task, score in SCORES.items()]  # fmt: skip
 
 
-def test_a_score_that_is_not_a_number_is_shown_and_leaves_no_average(tmp_path):
+def test_a_score_that_is_not_a_number_is_shown_and_leaves_no_average(tmp_path, finished_runs):
     """As of STS-B where every prediction is the same."""
-    finished_runs(tmp_path, {"stsb": None, "rte": 0.5})
+    finished_runs({"stsb": None, "rte": 0.5})
     status, output = run(tmp_path, "--tasks", '["stsb", "rte"]')
     assert status == 0
     assert re.search(r"STS-B +│ +spearman │ +nan", output)
