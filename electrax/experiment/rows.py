@@ -81,7 +81,7 @@ def classify_rows(
         train, dev = check_labels(train, classes, bad, meaning), check_labels(dev, classes, bad, meaning)
     bad.close(config.path)
     if kind in ("classes", "labels") and len(classes) < 2 and train:
-        raise UserError(f"{config.path}: all rows have the label {classes[0]!r}; expected two labels or more")
+        _check_differ(config, kind, train)
     if config.both_orders:
         train = train + [dataclasses.replace(e, texts=e.texts[::-1]) for e in train if len(e.texts) == 2]
     head = {"classes": list(classes), "scale": scale, "metric": _metric(glue, kind)}
@@ -124,6 +124,16 @@ def _single(examples: list[TextExample], bad: BadRows) -> list[TextExample]:
         if not isinstance(example.label, str):
             bad.add(example.where, "label", f'expected one label, found {short(example.label)} (head.kind "labels"?)')
     return [example for example in examples if isinstance(example.label, str)]
+
+
+def _check_differ(config: ExamplesConfig, kind: str, train: list[TextExample]) -> None:
+    """Raises UserError where the rows leave nothing to tell apart."""
+    labels = {example.label for example in train}
+    if not any(labels):
+        raise UserError(f"{config.path}: no row has a label in {config.label!r}; expected some that have one")
+    if len(labels) < 2:
+        expected = "some rows without it, or other labels" if kind == "labels" else "two labels or more"
+        raise UserError(f"{config.path}: all rows have the label {find_classes(train)[0]!r}; expected {expected}")
 
 
 def _classes(kind: str, train: list[TextExample]) -> tuple[str, ...]:

@@ -247,6 +247,31 @@ def test_no_row_left_is_an_error(tokenizer, folder, file, what):
         rows_of(tokenizer, folder, head={"kind": "number"}, data={"on_bad_row": "skip"})
 
 
+LABELS = {"head": {"kind": "labels"}, "data": {"label_separator": "|"}}
+
+
+def test_one_label_is_enough_for_several_where_some_rows_lack_it(tokenizer, tmp_path):
+    for name in ("train.csv", "dev.csv"):
+        write_rows(tmp_path / name, [("the film", "toxic"), ("a cat", ""), ("a dog", "")])
+    rows = rows_of(tokenizer, tmp_path, **LABELS)
+    assert rows.head["classes"] == ["toxic"]
+    assert rows.train.rows.fields["label"].tolist() == [[1], [0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("", "no row has a label in 'label'; expected some that have one"),
+        ("toxic", "all rows have the label 'toxic'; expected some rows without it, or other labels"),
+    ],
+)
+def test_sets_of_labels_that_are_all_the_same_are_an_error(tokenizer, tmp_path, label, message):
+    for name in ("train.csv", "dev.csv"):
+        write_rows(tmp_path / name, [("the film", label), ("a cat", label)])
+    with pytest.raises(UserError, match=message):
+        rows_of(tokenizer, tmp_path, **LABELS)
+
+
 def test_one_label_everywhere_is_an_error(tokenizer, folder):
     write_rows(folder / "train.csv", LABELLED[::2])
     write_rows(folder / "dev.csv", LABELLED[:1])
