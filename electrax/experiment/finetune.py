@@ -76,6 +76,13 @@ PAPER = {
 REWRITE = (5e-4, 1.0)  # a decoder has more to learn than a head
 # keys of [model] that belong to the pretrained weights; the others are free in fine-tuning
 SHAPE = ("size", "body", "layers", "width", "heads", "feed_forward", "embedding_width", "max_length", "qk_norm")
+# data.format of the rows that a task learns from
+FORMATS = {
+    "classify": ("table", "glue"),
+    "tag": ("conll", "conllu"),
+    "answer": ("squad", "mrqa"),
+    "rewrite": ("table", "parallel"),
+}
 
 
 # -- what it starts from -----------------------------------------------------------------------------------------------
@@ -284,9 +291,17 @@ def _kind(config: FinetuneConfig) -> str:
     return "text" if config.task == "rewrite" else config.head.kind
 
 
+def check_format(config: FinetuneConfig) -> None:
+    """Raises UserError for files that have no rows of the task. A model that came from elsewhere names none."""
+    if config.data.format not in FORMATS[config.task]:
+        expected = " or ".join(FORMATS[config.task])
+        raise UserError(f"data.format {config.data.format}: the task {config.task} reads {expected}")
+
+
 def check(config: FinetuneConfig) -> tuple[FinetuneConfig, Tokenizer, TaskRows, FinetuneTask]:
     """All rows and everything else, read and checked; writes nothing but, among several processes, a tokenizer."""
     config = resolve(config)
+    check_format(config)
     examples = read_examples(config.data, _kind(config))
     tokenizer = get_tokenizer(config, examples[0])
     rows = make_rows(config, tokenizer, examples)
@@ -397,6 +412,7 @@ def _text_columns(config: FinetuneConfig) -> tuple[str, ...]:
 def evaluate_trained(config: FinetuneConfig, step: int | None = None) -> tuple[FinetuneTask, TaskRows, Record]:
     """The trained model of `config.workdir`, or what it was at a step, on the dev rows that `data` names."""
     workdir, mesh = finished(config.workdir), mesh_for(config)
+    check_format(config)
     tokenizer, head = Tokenizer.load(workdir), read_head(workdir)
     whole = config.data.path != read_config(workdir).data.path
     examples = read_examples(config.data, _kind(config), train=False, whole=whole)
