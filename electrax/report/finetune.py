@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -193,15 +194,17 @@ def finish(run: Run, rows: TaskRows, final: Record | NonFiniteLoss) -> dict[str,
         assert best is not None  # the last step is evaluated and saved
         final = evaluate_trained(config, step=best[0])[2]
     if config.task == "answer" and config.head.no_answer and config.head.null_threshold is None:
-        final = at_best_threshold(run, final)
-    results = describe(run.task, final) | {"notes": list(rows.notes), "dev_rows": rows.dev_sha256}
+        task, final = at_best_threshold(run, final)
+    else:
+        task = run.task
+    results = describe(task, final) | {"notes": list(rows.notes), "dev_rows": rows.dev_sha256}
     write_results(config.workdir, results)
-    show_final(run.task, final)
+    show_final(task, final)
     return results
 
 
-def at_best_threshold(run: Run, final: Record) -> Record:
-    """Stores the null threshold that is best on the dev questions with the model; the figures under it.
+def at_best_threshold(run: Run, final: Record) -> tuple[FinetuneTask, Record]:
+    """Stores the null threshold that is best on the dev questions with the model; the task with it, and its figures.
 
     The best one is the score of a question, which rounding may move: half-way to the next score decides the same. The
     official sweep names no threshold where no answer at all is best: that is one below all scores.
@@ -211,14 +214,14 @@ def at_best_threshold(run: Run, final: Record) -> Record:
     scores = [found["null_score"] for found in run.task.predictions(final.arrays)]
     threshold += min((score - threshold for score in scores if score > threshold), default=0.0) / 2
 
-    def under(threshold: float) -> tuple[float, Record]:
+    def under(threshold: float) -> tuple[FinetuneTask, Record]:
         task = dataclasses.replace(run.task, null_threshold=threshold)
-        return threshold, final._replace(figures=task.summarize({"loss": final.figures["loss"]}, final.arrays))
+        return task, final._replace(figures=task.summarize({"loss": final.figures["loss"]}, final.arrays))
 
     tried = [under(threshold), under(min(scores) - 1.0)]
-    threshold, final = max(tried, key=lambda found: found[1].figures[figure])
-    keep_threshold(run.config.workdir, threshold)
-    return final
+    task, final = max(tried, key=lambda found: found[1].figures[figure])
+    keep_threshold(run.config.workdir, task.null_threshold)
+    return task, final
 
 
 def describe(task: FinetuneTask, final: Record) -> dict[str, Any]:
@@ -231,9 +234,17 @@ def describe(task: FinetuneTask, final: Record) -> dict[str, Any]:
         "scores": [score],
         "step": final.step,
         "metrics": final.figures,
-        "failed": task.diagnose(final.figures, final.arrays),
+        "failed": findings(task, final),
         **task.tables(final.arrays),
     }
+
+
+def findings(task: FinetuneTask, final: Record) -> list[str]:
+    """What did not train, in words; empty where it did."""
+    found = task.diagnose(final.figures, final.arrays)
+    if not found and math.isnan(final.figures[task.metric]):
+        return [f"its {task.metric} is not a number"]
+    return found
 
 
 def read_results(workdir: AnyPath) -> dict[str, Any] | None:
@@ -312,7 +323,7 @@ def show_final(task: FinetuneTask, final: Record) -> None:
     show_table(f"dev rows after step {final.step:,}: {score}", ("figure", "value"), final.figures.items())
     for name, rows in task.tables(final.arrays).items():
         show_rows(name.replace("_", " "), rows)
-    for finding in task.diagnose(final.figures, final.arrays):
+    for finding in findings(task, final):
         console.print(f"[bold red]did not train:[/] {escape(finding)}", soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from rich.markup import escape
 
 from electrax.data.glue import GLUE
 from electrax.experiment.glue import GlueConfig, predict_tests, task_configs
@@ -36,9 +37,12 @@ def glue_and_report(config: GlueConfig, command: str) -> int:
     show_table("GLUE dev, median over seeds x 100", ("task", "metric", "score", "std"), rows)
     if averaged:
         console.print(f"average of {', '.join(map(_title, averaged))}: {average:.2f}", soft_wrap=True)
+    for row, found in results.items():
+        for finding in _failed(found):
+            console.print(f"{_title(row)} [bold red]did not train:[/] {escape(finding)}", soft_wrap=True)
     for path in files:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    keys = ("metric", "score", "scores", "std")
+    keys = ("metric", "score", "scores", "std", "failed")
     kept = {row: {key: found.get(key) for key in keys} for row, found in results.items()}
     write_results(config.workdir, {"task": "glue", "average": average / 100, "averaged": averaged, "tasks": kept})
     return 0
@@ -47,6 +51,14 @@ def glue_and_report(config: GlueConfig, command: str) -> int:
 def _title(row: str) -> str:
     name, _, rest = row.partition(" ")
     return f"{GLUE[name].title} {rest}".strip()
+
+
+def _failed(found: dict) -> list[str]:
+    """What did not train, of several seeds with their names."""
+    failed = found["failed"]
+    if isinstance(failed, list):
+        return failed
+    return [f"{name}: {finding}" for name, findings in failed.items() for finding in findings]
 
 
 def _percent(share: float | None) -> float:

@@ -152,6 +152,10 @@ class AnswerTask(FinetuneTask):
             said.append(f"it is stuck at one place: every window's answer starts at token {int(arrays['start'][0, 0])}")
         if self.no_answer and len(arrays["null"]) > 1 and np.ptp(arrays["null"]) < 1e-3:
             said.append("it gives every window the same score of having no answer")
+        if self.no_answer and any(map(_golds, self.windows.examples)):
+            scores = [found["null_score"] for found in self.predictions(arrays)]
+            if min(scores) > self.null_threshold:
+                said.append("it is stuck at no answer: every question gets none")
         return said
 
 

@@ -118,8 +118,13 @@ class ClassifyTask(FinetuneTask):
     def diagnose(self, figures: dict[str, float], arrays: dict[str, np.ndarray]) -> list[str]:
         """What did not train, in words; empty where it did."""
         if self.kind == "number":
-            still = len(arrays["logits"]) > 1 and np.ptp(arrays["logits"]) < 1e-3
-            return ["it gives every row the same number"] if still else []
+            several = len(arrays["logits"]) > 1
+            if several and np.ptp(arrays["logits"]) < 1e-3:
+                return ["it gives every row the same number"]
+            correlates = self.metric in ("pearson", "spearman")
+            if several and correlates and not np.ptp(arrays["label"]):
+                return [f"its {self.metric} is not a number: every dev row has the same label"]
+            return []
         if self.kind == "labels":
             return [] if (arrays["logits"] > 0).any() else ["it gives no row any label"]
         said = np.unique(np.argmax(arrays["logits"], -1))

@@ -30,8 +30,10 @@ from electrax.experiment.run import load_params, mesh_for
 from electrax.experiment.saved import ConvertConfig, ExportConfig, convert, export
 from electrax.experiment.start import start_of
 from electrax.inference.classifier import Classifier
-from electrax.report.finetune import show_seeds, summarize_seeds
-from electrax.training.tracking import Tracker
+from electrax.models.sizes import ModelConfig, discriminator_shape
+from electrax.report.finetune import findings, show_seeds, summarize_seeds
+from electrax.tasks.classify import ClassifyTask
+from electrax.training.tracking import Record, Tracker
 from tests.fixtures.finetuning import (
     REVIEWS,
     call,
@@ -349,6 +351,14 @@ def test_of_an_even_number_of_seeds_the_lower_median_is_kept():
     assert found["std"] == pytest.approx(math.sqrt((0.175**2 + 0.225**2 + 0.025**2 + 0.075**2) / 3))
     assert found["metrics"] == {"n": 1}
     assert summary([4.0, 1.0, 9.0], "mse")["best"] == "seed-1"
+
+
+def test_a_score_that_is_not_a_number_is_told_as_a_failure():
+    encoder = discriminator_shape(ModelConfig(size="tiny"), 8)
+    task = ClassifyTask(encoder, 0, 3, kind="number", metric="spearman")
+    arrays = {"logits": np.float32([[0.5]]), "label": np.float32([1])}
+    assert findings(task, Record(1, "eval", {"spearman": math.nan}, arrays)) == ["its spearman is not a number"]
+    assert findings(task, Record(1, "eval", {"spearman": 0.5}, arrays)) == []
 
 
 def test_a_seed_without_a_score_is_never_the_best():

@@ -61,7 +61,7 @@ def test_the_results_hold_every_task_and_the_average_without_those_after_mnli(tr
     assert (results["task"], list(results["tasks"]), results["averaged"]) == ("glue", NAMES, ["rte", "mnli"])
     for name, found in results["tasks"].items():
         kept = results_of(folder / "run" / name.replace(" ", "-"))
-        assert found == {key: kept[key] for key in ("metric", "score", "scores", "std")}
+        assert found == {key: kept[key] for key in ("metric", "score", "scores", "std", "failed")}
     mean = (results["tasks"]["mnli"]["score"] + results["tasks"]["rte"]["score"]) / 2
     assert results["average"] == pytest.approx(mean)
     assert f"average of RTE, MNLI: {100 * mean:.2f}" in output
@@ -191,6 +191,7 @@ def finished_runs(tmp_path, monkeypatch):
         def trained(config, command):
             task = config.data.glue
             found = {"metric": GLUE[task].metrics[0], "score": scores[task], "scores": [scores[task]], "std": 0.015}
+            found["failed"] = {"seed-1": ["it is stuck"]} if scores[task] is None else {}
             write(tmp_path / "run" / task / "results.json", json.dumps(found))
             return 0
 
@@ -217,7 +218,9 @@ def test_a_score_that_is_not_a_number_is_shown_and_leaves_no_average(tmp_path, f
     status, output = run(tmp_path, "--tasks", '["stsb", "rte"]')
     assert status == 0
     assert re.search(r"STS-B +│ +spearman │ +nan", output)
+    assert "STS-B did not train: seed-1: it is stuck" in output and "RTE did not train" not in output
     results = results_of(tmp_path / "run")
+    assert [results["tasks"][task]["failed"] for task in ("stsb", "rte")] == [{"seed-1": ["it is stuck"]}, {}]
     assert (results["average"], results["tasks"]["stsb"]["score"]) == (None, None)
 
 

@@ -319,3 +319,13 @@ def test_a_head_that_is_stuck_is_said_in_words(tokenizer):
         "it gives every window the same score of having no answer",
     ]
     assert task.diagnose({}, arrays_of(task, [[(5, 5, 0.0)], [(4, 5, 0.0)]], [1.0, 0.0])) == []
+
+
+@pytest.mark.parametrize("impossible", [True, False])
+def test_no_answer_to_any_question_is_said_in_words_where_one_has_some(tokenizer, impossible):
+    first = question(impossible=True) if impossible else question(CONTEXT, "cat")
+    task = make_task(tokenizer, [first, question(impossible=True)], no_answer=True, null_threshold=0.0)
+    spans = [[(5, 5, 0.0)], [(4, 5, 0.0)]]
+    stuck = [] if impossible else ["it is stuck at no answer: every question gets none"]
+    assert task.diagnose({}, arrays_of(task, spans, [1.0, 0.5])) == stuck
+    assert task.diagnose({}, arrays_of(task, spans, [1.0, 0.0])) == []

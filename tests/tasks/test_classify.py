@@ -272,6 +272,15 @@ def test_what_did_not_train_is_said_in_words(kind, logits, label, words):
     assert make_task(kind).diagnose({}, {"logits": np.float32(logits), "label": np.array(label)}) == words
 
 
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("spearman", ["its spearman is not a number: every dev row has the same label"]), ("mse", [])],
+)
+def test_a_correlation_with_labels_that_are_all_the_same_is_said_in_words(metric, words):
+    arrays = {"logits": np.float32([[0.5], [0.6]]), "label": np.float32([1, 1])}
+    assert make_task("number", metric=metric).diagnose({}, arrays) == words
+
+
 # -- logits -----------------------------------------------------------------------------------------------------------
 
 IDS = np.array([[CLS, 10, 11, SEP, 12, SEP, 0, 0], [CLS, 13, SEP, 0, 0, 0, 0, 0], [CLS, 14, 15, 16, SEP, 17, 18, SEP],
