@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from electrax.config import AnyPath, UserError, find_config, load
-from electrax.data.examples import BadRows, check_labels
+from electrax.data.examples import BadRows, check_labels, check_numbers
 from electrax.data.glue import GLUE, find_file, read_glue, write_leaderboard
 from electrax.experiment import finetune
 from electrax.experiment.config import FinetuneConfig
@@ -71,6 +71,8 @@ def check_rows(config: GlueConfig, name: str) -> None:
     train, dev, bad = read_examples(data, "classes")
     if GLUE[name].classes:
         check_labels([*train, *dev], GLUE[name].classes, bad)
+    else:
+        check_numbers([*train, *dev], bad)
     bad.close(config.path)
     for split in UNLABELLED:
         if _has(config.path, name, split):

@@ -137,6 +137,23 @@ def test_files_that_are_missing_are_named_before_anything_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("task", "old", "new", "message"),
+    [
+        ("stsb", "4.750", "none", "STS-B/train.tsv, line 3: expected a number as label, found 'none'"),
+        ("rte", "not_entailment", "none", "RTE/train.tsv, line 3: expected one of the labels .* found 'none'"),
+    ],
+)
+def test_a_bad_label_is_named_before_anything_is_trained(tmp_path, task, old, new, message):
+    for name in ("cola", task):
+        write_glue(tmp_path / "data", name)
+    path = tmp_path / "data" / GLUE[task].title / "train.tsv"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, "--tasks", f'["cola", "{task}"]')
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--tasks", '["cola", "rt"]'], "tasks: expected some of cola, .*, not rt"),
