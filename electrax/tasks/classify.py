@@ -103,17 +103,21 @@ class ClassifyTask(FinetuneTask):
         return "accuracy", "macro_f1", "matthews", *two, "loss"
 
     def tables(self, arrays: dict[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
-        """Precision, recall, F1 and support of each class, and how often each was taken for each."""
-        if self.kind != "classes":
-            return {}
-        counts = scorers.confusion(np.argmax(arrays["logits"], -1), arrays["label"], len(self.classes))
-        columns = zip(*(column.tolist() for column in scorers.per_class(counts)), strict=True)
-        names = ("precision", "recall", "f1", "support")
-        by_class = [{"class": name, **dict(zip(names, row, strict=True))}
-                    for name, row in zip(self.classes, columns, strict=True)]  # fmt: skip
-        confusion = [{"class": name, **{f"as {c}": n for c, n in zip(self.classes, row, strict=True)}}
-                     for name, row in zip(self.classes, counts.tolist(), strict=True)]  # fmt: skip
-        return {"by_class": by_class, "confusion": confusion}
+        """Precision, recall, F1 and support of each class or label, and how often each class or choice was taken for
+        each."""
+        logits, label = arrays["logits"], arrays["label"]
+        match self.kind:
+            case "number":
+                return {}
+            case "labels":
+                figures = scorers.per_label(logits > 0, label > 0.5)
+                return {"by_label": scorers.figures_of_each("label", self.classes, figures)}
+        counts = scorers.confusion(np.argmax(logits, -1), label, logits.shape[1])
+        if self.kind == "choice":
+            numbers = [str(number) for number in range(len(counts))]
+            return {"confusion": scorers.confusion_table("choice", numbers, counts)}
+        by_class = scorers.figures_of_each("class", self.classes, scorers.per_class(counts))
+        return {"by_class": by_class, "confusion": scorers.confusion_table("class", self.classes, counts)}
 
     def diagnose(self, figures: dict[str, float], arrays: dict[str, np.ndarray]) -> list[str]:
         """What did not train, in words; empty where it did."""

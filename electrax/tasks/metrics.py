@@ -4,7 +4,8 @@ A precision, recall, F1 or Matthews coefficient whose denominator is zero is 0; 
 and every figure of no examples at all is NaN.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Real
@@ -25,6 +26,10 @@ class PerClass(NamedTuple):
     recall: Float[np.ndarray, "C"]
     f1: Float[np.ndarray, "C"]
     support: Int[np.ndarray, "C"]  # examples that are of the class
+
+    @staticmethod
+    def of(hits: Int[np.ndarray, "C"], guessed: Int[np.ndarray, "C"], support: Int[np.ndarray, "C"]) -> "PerClass":
+        return PerClass(_ratio(hits, guessed), _ratio(hits, support), _ratio(2 * hits, guessed + support), support)
 
 
 def confusion(predicted: Int[np.ndarray, "N"], true: Int[np.ndarray, "N"], classes: int) -> Int[np.ndarray, "C C"]:
@@ -47,8 +52,20 @@ def _confusion_of_present(predicted: np.ndarray, true: np.ndarray) -> np.ndarray
 
 def per_class(counts: Int[np.ndarray, "C C"]) -> PerClass:
     """Precision, recall, F1 and support of each class of a confusion matrix."""
-    hits, guessed, support = np.diag(counts), counts.sum(0), counts.sum(1)
-    return PerClass(_ratio(hits, guessed), _ratio(hits, support), _ratio(2 * hits, guessed + support), support)
+    return PerClass.of(np.diag(counts), counts.sum(0), counts.sum(1))
+
+
+def figures_of_each(kind: str, names: Sequence[str], figures: PerClass) -> list[dict[str, Any]]:
+    """A table with a row for each class, whose name stands in the column `kind`."""
+    columns = zip(*(column.tolist() for column in figures), strict=True)
+    return [{kind: name} | dict(zip(PerClass._fields, row, strict=True))
+            for name, row in zip(names, columns, strict=True)]  # fmt: skip
+
+
+def confusion_table(kind: str, names: Sequence[str], counts: Int[np.ndarray, "C C"]) -> list[dict[str, Any]]:
+    """A table with a row for each true class, and how often it was taken for each."""
+    return [{kind: name} | {f"as {other}": n for other, n in zip(names, row, strict=True)}
+            for name, row in zip(names, counts.tolist(), strict=True)]  # fmt: skip
 
 
 def accuracy(predicted: Int[np.ndarray, "N"], true: Int[np.ndarray, "N"]) -> float:
@@ -145,6 +162,11 @@ def multilabel_figures(predicted: Bool[np.ndarray, "N C"], true: Bool[np.ndarray
         "samples_f1": f1(1),
         "exact_match": float(np.mean((predicted == true).all(1))),
     }
+
+
+def per_label(predicted: Bool[np.ndarray, "N C"], true: Bool[np.ndarray, "N C"]) -> PerClass:
+    """Precision, recall, F1 and support of each label by itself."""
+    return PerClass.of((predicted & true).sum(0), predicted.sum(0), true.sum(0))
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

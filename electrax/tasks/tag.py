@@ -95,26 +95,34 @@ class TagTask(FinetuneTask):
         return [self.written(numbers) for numbers in true], [self.written(numbers) for numbers in predicted]
 
     def summarize(self, means: dict[str, float], arrays: dict[str, np.ndarray]) -> dict[str, float]:
-        """`accuracy` word by word, and `precision`, `recall` and `f1` of spans where there are some."""
+        """`accuracy` word by word, and `precision`, `recall` and `f1` of spans where there are some, else the tags'
+        `macro_f1`."""
         if not self.scheme:
-            return means | {"accuracy": scorers.accuracy(*_numbers(arrays))}
+            predicted, true = _numbers(arrays)
+            return means | {
+                "accuracy": scorers.accuracy(predicted, true),
+                "macro_f1": scorers.macro_f1(predicted, true),
+            }
         figures = span_figures(*self._tagged(arrays))._asdict()
         return means | {name: figures[name] for name in ("precision", "recall", "f1", "accuracy")}
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return ("f1", "precision", "recall", "accuracy", "loss") if self.scheme else ("accuracy", "loss")
+        return ("f1", "precision", "recall", "accuracy", "loss") if self.scheme else ("accuracy", "macro_f1", "loss")
 
     def tables(self, arrays: dict[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
-        """Precision, recall, F1 and support of every type of span, or of every tag that is predicted or true."""
+        """Precision, recall, F1 and support of every type of span; or of every tag that is predicted or true, and how
+        often each was taken for each."""
         if self.scheme:
             by_type = span_figures(*self._tagged(arrays)).by_type
-            return {"by_type": [_figures("type", kind, *figures) for kind, figures in by_type.items()]}
+            names = ("precision", "recall", "f1", "support")
+            rows = [{"type": kind} | dict(zip(names, row, strict=True)) for kind, row in by_type.items()]
+            return {"by_type": rows}
         counts = scorers.confusion(*_numbers(arrays), len(self.tags))
-        columns = zip(*(column.tolist() for column in scorers.per_class(counts)), strict=True)
-        rows = [_figures("tag", tag, *figures) for tag, figures in zip(self.tags, columns, strict=True)]
-        occurs = counts.sum(0) + counts.sum(1) > 0
-        return {"by_tag": [row for row, is_there in zip(rows, occurs, strict=True) if is_there]}
+        occurring = np.flatnonzero(counts.sum(0) + counts.sum(1))
+        tags, counts = [self.tags[number] for number in occurring], counts[np.ix_(occurring, occurring)]
+        by_tag = scorers.figures_of_each("tag", tags, scorers.per_class(counts))
+        return {"by_tag": by_tag, "confusion": scorers.confusion_table("tag", tags, counts)}
 
     def diagnose(self, figures: dict[str, float], arrays: dict[str, np.ndarray]) -> list[str]:
         """What did not train, in words; empty where it did."""
@@ -138,10 +146,6 @@ def _numbers(arrays: dict[str, np.ndarray]) -> tuple[Int[np.ndarray, "W"], Int[n
     """The likeliest and the true tag of every word."""
     at = arrays["label"] >= 0
     return np.argmax(arrays["log_probs"][at], -1), arrays["label"][at]
-
-
-def _figures(kind: str, name: str, precision: float, recall: float, f1: float, support: int) -> dict[str, Any]:
-    return {kind: name, "precision": precision, "recall": recall, "f1": f1, "support": support}
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------

@@ -252,7 +252,24 @@ def test_the_tables_of_classes_have_a_row_for_each():
         {"class": "maybe", "as no": 0, "as maybe": 2, "as yes": 0},
         {"class": "yes", "as no": 0, "as maybe": 1, "as yes": 0},
     ]
-    assert make_task("number").tables(arrays) == make_task("choice").tables(arrays) == {}
+    assert make_task("number").tables(arrays) == {}
+    assert make_task("choice").tables(arrays) == {"confusion": [
+        {"choice": "0", "as 0": 1, "as 1": 0, "as 2": 0},
+        {"choice": "1", "as 0": 0, "as 1": 2, "as 2": 0},
+        {"choice": "2", "as 0": 0, "as 1": 1, "as 2": 0},
+    ]}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_the_table_of_labels_is_that_of_sklearn(case):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    task = make_task("labels")
+    predicted, true = np.random.default_rng(case).integers(0, 2, (2, 6, len(task.classes)))
+    table = task.tables({"logits": np.float32(predicted - 0.5), "label": np.float32(true)})["by_label"]
+    columns = sklearn.precision_recall_fscore_support(true, predicted, zero_division=0)
+    assert [row["label"] for row in table] == list(task.classes)
+    for name, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
+        assert [row[name] for row in table] == pytest.approx(column)
 
 
 @pytest.mark.parametrize(

@@ -225,10 +225,32 @@ def plain_arrays(true, said):
 
 def test_plain_tags_have_an_accuracy_and_figures_by_tag():
     arrays = plain_arrays([0, 1, 1, 0], [0, 1, 0, 0])
-    assert PLAIN.summarize({"loss": 1.0}, arrays) == {"loss": 1.0, "accuracy": 0.75}
-    assert PLAIN.tables(arrays) == {"by_tag": [
+    macro_f1 = pytest.approx((0.8 + 2 / 3) / 2)
+    assert PLAIN.summarize({"loss": 1.0}, arrays) == {"loss": 1.0, "accuracy": 0.75, "macro_f1": macro_f1}
+    tables = PLAIN.tables(arrays)
+    assert tables["confusion"] == [
+        {"tag": "ADJ", "as ADJ": 2, "as NOUN": 0},
+        {"tag": "NOUN", "as ADJ": 1, "as NOUN": 1},
+    ]
+    assert tables["by_tag"] == [
         {"tag": "ADJ", "precision": pytest.approx(2 / 3), "recall": 1.0, "f1": pytest.approx(0.8), "support": 2},
-        {"tag": "NOUN", "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}]}  # fmt: skip
+        {"tag": "NOUN", "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_figures_and_tables_of_plain_tags_are_those_of_sklearn(case):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    predicted, true = np.random.default_rng(case).integers(0, 3, (2, LENGTH))
+    arrays = plain_arrays(true, predicted)
+    expected = sklearn.f1_score(true, predicted, average="macro", zero_division=0)
+    assert PLAIN.summarize({}, arrays)["macro_f1"] == pytest.approx(expected)
+    tables, names = PLAIN.tables(arrays), np.array(PLAIN.tags)
+    labels = sorted(set(names[predicted]) | set(names[true]))
+    rows = [[row[f"as {tag}"] for tag in labels] for row in tables["confusion"]]
+    assert rows == sklearn.confusion_matrix(names[true], names[predicted], labels=labels).tolist()
+    columns = sklearn.precision_recall_fscore_support(names[true], names[predicted], labels=labels, zero_division=0)
+    for name, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
+        assert [row[name] for row in tables["by_tag"]] == pytest.approx(column)
 
 
 def test_a_tagger_that_says_one_tag_is_said_to_be_stuck():
