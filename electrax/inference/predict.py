@@ -37,8 +37,8 @@ class PredictConfig:
     model: str  # the work directory of a fine-tuning
     input: str
     text: tuple[str, ...] = ()  # columns of a table; default: as in training; question and context
-    n_best: int = 1  # outputs of each text, of a model that writes texts
-    reranker: str = ""  # the same; a pretrained model that puts the outputs in the order of their originality
+    n_best: int = 1  # outputs of each text, of a model that writes texts, or answers of each question
+    reranker: str = ""  # of a model that writes texts; a pretrained one that puts the most original outputs first
     compute_dtype: Literal["", "float32", "bfloat16"] = ""  # of matrix products; default: as in training
 
 
@@ -47,8 +47,12 @@ def predict_lines(
 ) -> Iterator[str]:
     """One JSON object a row, in order. A row that cannot be read gives {"error": …}, a question of SQuAD's with
     its "id", and the rest go on. `columns` are those of a table, if the config names none."""
-    if not isinstance(model, Rewriter) and (config.n_best != 1 or reranker):
-        raise UserError("n_best and reranker are for a model that writes texts")
+    if not isinstance(model, Rewriter) and reranker:
+        raise UserError("reranker is for a model that writes texts")
+    if not isinstance(model, Rewriter | Reader) and config.n_best != 1:
+        raise UserError("n_best is for a model that writes texts or answers questions")
+    if config.n_best < 1:
+        raise UserError(f"n_best must be at least 1, not {config.n_best}")
     predict = _predictor(model, config, reranker)
     _check_columns(model, config.text)
     rows = _rows(model, config.input, config.text or columns)
@@ -181,7 +185,7 @@ def _predictor(
         case Tagger():
             return lambda rows: _tag(model, [row.words for row in rows]) if rows else []
         case Reader():
-            return lambda rows: _answer(model, rows)
+            return lambda rows: _answer(model, rows, config.n_best)
         case Rewriter():
             return lambda rows: _rewrite(model, [row.texts[0] for row in rows], config.n_best, reranker)
     raise UserError("predict: expected a fine-tuned model; a pretrained one can encode, detect and fill from Python")
@@ -206,10 +210,12 @@ def _rewrite(model: Rewriter, texts: list[str], n_best: int, reranker: Reranker 
         yield best | ({"candidates": [each._asdict() for each in found[:n_best]]} if n_best > 1 else {})
 
 
-def _answer(model: Reader, rows: Sequence[QuestionExample]) -> Iterator[dict[str, Any]]:
-    found = model.answers((row.id, row.question, row.context) for row in rows)
+def _answer(model: Reader, rows: Sequence[QuestionExample], n_best: int) -> Iterator[dict[str, Any]]:
+    found = model.answers(((row.id, row.question, row.context) for row in rows), n_best)
     for row, (id, answer) in zip(rows, found, strict=True):
         if isinstance(answer, Fault):
             yield _error(BadQuestion(row.where, *answer, id if id != row.where else None))
         else:
-            yield {"id": id, **answer._asdict()}
+            best = {"id": id, **answer._asdict()}
+            candidates = [candidate._asdict() for candidate in best.pop("candidates")]
+            yield best | ({"candidates": candidates} if n_best > 1 else {})

@@ -21,11 +21,21 @@ from electrax.tasks.base import Params
 QUESTIONS = 64  # answered together
 
 
+class Candidate(NamedTuple):
+    """`text` is `context[start:end]`; `probability` is that among the n best."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+    probability: float
+
+
 class Answer(NamedTuple):
     """`text` is `context[start:end]`; empty, with start and end 0, where the context has no answer.
 
     `probability`: of the answer among the n best, or that there is none. `null_score`: the higher, the less there is an
-    answer.
+    answer. `candidates`: the best answers if there is one, as many as were asked for.
     """
 
     text: str
@@ -33,6 +43,7 @@ class Answer(NamedTuple):
     end: int
     probability: float
     null_score: float
+    candidates: tuple[Candidate, ...] = ()
 
 
 class Reader:
@@ -55,20 +66,24 @@ class Reader:
         """Compiles what windows of any length need, so that no later call does; returns how many programs these are."""
         return warm_up(functools.partial(self._beams, self.params), 1, self.max_length, None)
 
-    def answer(self, question: str, context: str) -> Answer:
-        """The answer, as a part of the context."""
-        return next(self.answer_batch([("", question, context)]))[1]
+    def answer(self, question: str, context: str, n_best: int = 0) -> Answer:
+        """The answer, as a part of the context, with its `n_best` best candidates: different texts, best first."""
+        return next(self.answer_batch([("", question, context)], n_best))[1]
 
-    def answer_batch(self, questions: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, Answer]]:
+    def answer_batch(self, questions: Iterable[tuple[str, str, str]], n_best: int = 0) -> Iterator[tuple[str, Answer]]:
         """(id, question, context) -> (id, answer), in order, from an iterable of any length. Raises UserError for what
-        is no text, and for a context without a token."""
-        for id, answer in self.answers(questions):
+        is no text, for a context without a token, and for an `n_best` of more than the model keeps."""
+        for id, answer in self.answers(questions, n_best):
             if isinstance(answer, Fault):
                 raise UserError(f"answer: {answer.message}")
             yield id, answer
 
-    def answers(self, questions: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, Answer | Fault]]:
+    def answers(
+        self, questions: Iterable[tuple[str, str, str]], n_best: int = 0
+    ) -> Iterator[tuple[str, Answer | Fault]]:
         """As `answer_batch`, with what is wrong with a question in place of its answer."""
+        if not 0 <= n_best <= self.task.n_best:
+            raise UserError(f"n_best {n_best}: expected at most the {self.task.n_best} answers that the model keeps")
         questions = iter(questions)
         while some := list(itertools.islice(questions, QUESTIONS)):
             faults = [
@@ -85,7 +100,8 @@ class Reader:
             for found, spans, fault, (*_, context) in zip(predictions, windows.spans, faults, some, strict=True):
                 if not fault and not len(spans):
                     fault = Fault("context", f"expected a context with a word, found {short(context)}")
-                yield found["id"], fault or self._answer(found)
+                candidates = tuple(Candidate(**candidate) for candidate in found["n_best"][:n_best])
+                yield found["id"], fault or self._answer(found)._replace(candidates=candidates)
 
     def _arrays(self, windows: Windows) -> dict[str, np.ndarray]:
         """The beams of all windows, in their order."""

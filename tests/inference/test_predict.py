@@ -329,6 +329,23 @@ def test_an_answer_is_a_part_of_its_context_or_empty(reader):
         assert line["text"] == context[line["start"] : line["end"]]
 
 
+def test_a_question_has_as_many_candidates_as_are_asked_for_best_first(reader, reviews):
+    dev = reader.parent / "dev.json"
+    found, plain = predict(reader, dev, "--n_best", "3"), predict(reader, dev)
+    for line, same, (_, _, context, _) in zip(found, plain, TOLD, strict=True):
+        candidates = line.pop("candidates")
+        assert line == same
+        assert len({candidate["text"] for candidate in candidates}) == 3
+        assert all(each.keys() == {"text", "start", "end", "score", "probability"} for each in candidates)
+        assert all(each["text"] == context[each["start"] : each["end"]] for each in candidates)
+        assert line["text"] in ("", candidates[0]["text"])
+        assert candidates == sorted(candidates, key=lambda each: -each["probability"])
+    with pytest.raises(UserError, match="n_best 21: expected at most the 20 answers that the model keeps"):
+        predict(reader, dev, "--n_best", "21")
+    with pytest.raises(UserError, match="n_best is for a model that writes texts or answers questions"):
+        predict(reviews, dev.with_name("a.txt"), "--n_best", "2")
+
+
 def test_questions_come_from_a_table_or_lines_too(reader, tmp_path, monkeypatch):
     rows = [(context, question) for _, question, context, _ in TOLD]
     write_rows(tmp_path / "a.csv", [*rows[:2], ("the cat", ""), *rows[2:]], ("context", "question"))
@@ -415,7 +432,7 @@ def test_a_model_as_an_object_says_the_same(reader, numbers, reviews):
     line = predict(reader, reader.parent / "dev.json")[0]
     found = electrax.load(reader).answer(question, context)
     assert found[:3] == (line["text"], line["start"], line["end"])
-    assert found[3:] == pytest.approx((line["probability"], line["null_score"]), rel=1e-3)
+    assert found[3:5] == pytest.approx((line["probability"], line["null_score"]), rel=1e-3)
     assert electrax.load(reviews).predict(["the film was good"])[0]["label"] == "yes"
     assert electrax.load(numbers).predict([("the cat", "a dog")])[0].keys() == {"value"}
 

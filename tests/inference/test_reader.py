@@ -75,7 +75,7 @@ def test_a_question_is_answered_alike_alone_and_among_others(reader):
     for (_, question, context), (_, among) in zip(QUESTIONS, reader.answer_batch(QUESTIONS), strict=True):
         alone = reader.answer(question, context)
         assert alone[:3] == among[:3]
-        assert alone[3:] == pytest.approx(among[3:], rel=1e-4, abs=1e-5)
+        assert alone[3:5] == pytest.approx(among[3:5], rel=1e-4, abs=1e-5)
         assert context[alone.start : alone.end] == alone.text != ""
         assert 0 < alone.probability <= 1
 
@@ -89,11 +89,11 @@ def test_a_score_above_the_threshold_withholds_the_answer_where_there_may_be_non
         task = dataclasses.replace(task, null_threshold=null_threshold)
         return Reader(params, tokenizer, task, MAX_LENGTH, STRIDE, MAX_QUERY).answer(question, context)
 
-    assert answer(v2, given.null_score + 0.1) == pytest.approx(given)
+    assert answer(v2, given.null_score + 0.1)[:5] == pytest.approx(given[:5])
     withheld = answer(v2, given.null_score - 0.1)
     assert withheld[:3] == ("", 0, 0)
     assert withheld.probability == pytest.approx(1 / (1 + math.exp(-given.null_score)), rel=1e-5)
-    assert answer(task, given.null_score - 0.1) == pytest.approx(given)
+    assert answer(task, given.null_score - 0.1)[:5] == pytest.approx(given[:5])
 
 
 @pytest.mark.parametrize("context", ["  ", "\u200b"])
@@ -119,7 +119,7 @@ def test_an_endless_stream_of_questions_is_answered_as_it_comes(reader):
     stream = ((str(i), "who sat", "the cat sat") for i in itertools.count())
     found = list(itertools.islice(reader.answer_batch(stream), 3))
     assert [id for id, _ in found] == ["0", "1", "2"]
-    assert found[0][1] == pytest.approx(found[2][1])
+    assert found[0][1][:5] == pytest.approx(found[2][1][:5])
     assert list(reader.answer_batch([])) == []
 
 
