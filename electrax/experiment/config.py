@@ -111,6 +111,11 @@ class FinetuneEvalConfig:
     every: int = 0  # steps; 0: once an epoch
     patience: int = 0  # evaluations without a better score after which training ends and the best is kept; 0: never
 
+    def __post_init__(self):
+        if self.every < 0 or self.patience < 0:
+            found = f"{self.every} and {self.patience}"
+            raise UserError(f"eval.every and eval.patience must not be negative, not {found}")
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneCheckpointConfig(CheckpointConfig):
@@ -133,6 +138,11 @@ class HeadConfig:
     max_answer: int = 30  # tokens
     n_best: int = 20  # answers kept of a question
     constrained: bool = True  # only tag sequences that the scheme allows
+
+    def __post_init__(self):
+        if self.max_answer < 1 or self.n_best < 1:
+            found = f"{self.max_answer} and {self.n_best}"
+            raise UserError(f"head.max_answer and head.n_best must be at least 1, not {found}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +222,9 @@ class FinetuneConfig:
                 raise UserError(f"{key} must be at least 1, not {value}")
         if self.profile and self.seeds > 1:
             raise UserError(f"profile is for one model; expected seeds 1, not {self.seeds}")
-        if self.seeds_at_once < 0:
-            raise UserError(f"seeds_at_once must not be negative, but is {self.seeds_at_once}")
+        for key, value in {"seeds_at_once": self.seeds_at_once, "freeze_layers": self.freeze_layers}.items():
+            if value < 0:
+                raise UserError(f"{key} must not be negative, but is {value}")
         if self.task == "rewrite" and (len(self.data.text) != 1 or self.data.format not in ("table", "parallel")):
             raise UserError(
                 "the task rewrite reads a table or parallel files, and data.text names one column or ending"
@@ -235,6 +246,8 @@ class FinetuneConfig:
             raise UserError("head.words are those of a head.template, which is empty")
         if not 0 <= self.teacher.weight <= 1 or self.teacher.temperature <= 0:
             raise UserError("teacher.weight must lie between 0 and 1, and teacher.temperature above 0")
+        if self.teacher != TeacherConfig() and not self.teacher.path:
+            raise UserError("teacher.weight and teacher.temperature are those of a teacher.path, which is empty")
 
 
 AnyConfig = PretrainConfig | FinetuneConfig

@@ -65,6 +65,8 @@ class ExamplesConfig:
             raise UserError(f"data.augment_rate must be above 0, not {self.augment_rate}")
         if not 0 < self.holdout < 1:
             raise UserError(f"data.holdout must lie between 0 and 1, not {self.holdout}")
+        if self.limit < 0:
+            raise UserError(f"data.limit must be at least 1, or 0 for all rows, not {self.limit}")
 
 
 def read_examples(
@@ -77,6 +79,8 @@ def read_examples(
     """
     if not config.path:
         raise UserError("data.path is empty; it names a folder with the benchmark's files, a file, or tfds:NAME")
+    if train and config.train and _is_one_file(config):
+        raise UserError(f"data.train {config.train}: {config.path} is a file; expected a folder as data.path")
     bad = BadRows(config.on_bad_row)
     dev_source = _source(config, "dev")
     dev = _read(config, "dev", dev_source, bad) if dev_source else []
@@ -167,6 +171,11 @@ def _source(config: ExamplesConfig, split: str) -> str | None:
     if existing is None and split == "train":
         raise UserError(f"{path}: expected train{suffixes[0]} or the like in it, or its name as data.train")
     return existing
+
+
+def _is_one_file(config: ExamplesConfig) -> bool:
+    is_place = config.format != "glue" and not config.path.startswith(TFDS_PREFIX)
+    return is_place and on_this_machine(config.path, "data.path").is_file()
 
 
 def _find(folder: pathlib.Path, name: str) -> str:

@@ -102,6 +102,9 @@ def resolve(config: FinetuneConfig) -> FinetuneConfig:
         model = dataclasses.replace(model, max_length=max(model.max_length, config.data.max_length))
     elif config.data.max_length > model.max_length:
         raise UserError(f"data.max_length {config.data.max_length} is more than the model's {model.max_length}")
+    layers = discriminator_shape(model, 1).layers
+    if config.freeze_layers > layers:
+        raise UserError(f"freeze_layers {config.freeze_layers} is more than the model's {layers}")
     rate, decay = REWRITE if config.task == "rewrite" else PAPER[model.size]
     optimizer = dataclasses.replace(
         config.optimizer,

@@ -43,6 +43,13 @@ def test_rows_may_be_named_in_the_folder_beside_the_file_or_anywhere(tmp_path):
     assert read(path, dev=str(far))[1] == ["far"]
 
 
+def test_the_rows_to_train_on_are_named_once(tmp_path):
+    path = write_rows(tmp_path / "mine.csv", TEN)
+    with pytest.raises(UserError, match="data.train other.csv: .*mine.csv is a file; expected a folder as data.path"):
+        read(path, train="other.csv")
+    assert len(read(path, train="other.csv", dev="mine.csv", only_dev=True)[1]) == 10
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

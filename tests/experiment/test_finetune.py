@@ -222,6 +222,11 @@ def test_what_was_resolved_is_kept_in_the_work_directory(straight, seeds):
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"teacher": {"weight": 1.5}}, "teacher.weight must lie between 0 and 1"),
         ({"teacher": {"temperature": 0.0}}, "teacher.temperature above 0"),
+        ({"teacher": {"weight": 0.3}}, "teacher.weight and teacher.temperature are those of a teacher.path, which is"),
+        ({"freeze_layers": -3}, "freeze_layers must not be negative, but is -3"),
+        ({"data": {"limit": -5}}, "data.limit must be at least 1, or 0 for all rows, not -5"),
+        ({"eval": {"patience": -1}}, "eval.every and eval.patience must not be negative, not 0 and -1"),
+        ({"head": {"n_best": 0}}, "head.max_answer and head.n_best must be at least 1, not 30 and 0"),
         ({"head": {"kind": "class"}}, "head.kind is .* but must be one of classes, labels, number, choice"),
     ],
 )
@@ -240,6 +245,7 @@ def test_a_run_must_be_kept_somewhere():
     [
         ({"init_from": "gone/for/good"}, "^gone/for/good: no such file or directory$"),
         ({"metric": "f2"}, "metric f2: expected one of accuracy"),
+        ({"freeze_layers": 99}, "freeze_layers 99 is more than the model's 1"),
         ({"batch_size": 12}, "batch_size 12 does not divide over 8 devices; the next one that does is 16"),
         ({"data": {"text": ["txt"]}}, "dev.csv: no column 'txt'; did you mean 'text'"),
     ],
