@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -90,6 +91,12 @@ def read_examples(
             bad.close(config.path)
             raise UserError(f"{config.path}: one row cannot be divided into rows to train and to evaluate on")
         rows, dev = ([], rows) if whole else hold_out(rows, config.holdout, kind)
+        if not dev:
+            bad.close(config.path)
+            raise UserError(
+                f"{config.path}: no row can be kept apart to evaluate on, as each has a label that no other row has; "
+                "expected more rows, or a file of its own as data.dev"
+            )
     if not train:
         return [], dev, bad
     chosen = np.random.default_rng(0).permutation(len(rows))[: config.limit or None]
@@ -113,22 +120,33 @@ def _augmented(config: ExamplesConfig, rows: list[Example], kind: str, bad: BadR
 
 
 def hold_out(rows: list[Example], share: float, kind: str) -> tuple[list[Example], list[Example]]:
-    """(training rows, dev rows), at random but the same ones every time. Questions on one context stay together, and a
-    row whose label no training row has is trained on, unless the labels are numbers or texts."""
+    """(training rows, dev rows), at random but the same ones every time. Of each class its share is kept apart, and of
+    one with two rows or more at least one. Questions on one context stay together. The last row of a label is trained
+    on, unless the labels are numbers or texts; where all rows are such there is no dev row."""
     groups: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
         groups.setdefault(row.context if isinstance(row, QuestionExample) else place, []).append(place)
+    by_class = kind == "classes" and all(isinstance(row, TextExample) for row in rows)
+    strata = Counter(row.label if by_class else None for row in rows)
+    wanted = {stratum: max(1, round(share * size)) for stratum, size in strata.items()}
+    left = Counter(label for row in rows for label in _to_be_known(row, kind))
     dev: set[int] = set()
     shuffled = list(groups.values())
     for number in np.random.default_rng(0).permutation(len(shuffled)):
-        if len(dev) >= max(1, round(share * len(rows))):
-            break
-        dev.update(shuffled[number])
-    known = {label for place, row in enumerate(rows) if place not in dev for label in _labels_of(row)}
-    if kind not in ("number", "text"):
-        dev = {place for place in dev if known.issuperset(_labels_of(rows[place]))} or dev
+        group = shuffled[number]
+        stratum = rows[group[0]].label if by_class else None
+        labels = Counter(label for place in group for label in _to_be_known(rows[place], kind))
+        if wanted[stratum] > 0 and all(left[label] > count for label, count in labels.items()):
+            dev.update(group)
+            wanted[stratum] -= len(group)
+            left -= labels
     places = range(len(rows))
     return [rows[i] for i in places if i not in dev], [rows[i] for i in places if i in dev]
+
+
+def _to_be_known(row: Example, kind: str) -> set[str]:
+    """The labels of a row that a training row must have too."""
+    return set() if kind in ("number", "text") else set(_labels_of(row))
 
 
 def _labels_of(row: Example) -> tuple[str, ...]:

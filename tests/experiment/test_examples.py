@@ -75,7 +75,7 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch, data, message):
 def test_the_same_share_of_the_rows_is_kept_apart_in_every_run(tmp_path):
     path = write_rows(tmp_path / "a.csv", TEN)
     train, dev, _ = read(path, holdout=0.3)
-    assert (len(train), len(dev)) == (7, 3)
+    assert (len(train), len(dev)) == (6, 4)  # of 5 rows of each class 1.5, which is rounded
     assert sorted(train + dev) == [text for text, _ in TEN]
     assert read(path, holdout=0.3)[:2] == (train, dev)
     # in the order of the file, and the evaluation alone has the same rows
@@ -94,7 +94,9 @@ def test_a_limit_draws_the_same_training_rows_every_time_and_no_row_from_dev(tmp
 
 
 def test_at_least_one_row_is_kept_apart_and_one_row_cannot_be_divided(tmp_path):
-    assert [len(part) for part in read(write_rows(tmp_path / "a.csv", TEN[:2]))[:2]] == [1, 1]
+    assert [len(part) for part in read(write_rows(tmp_path / "a.csv", TEN[:3]))[:2]] == [2, 1]
+    with pytest.raises(UserError, match="a.csv: no row can be kept apart to evaluate on, as each has a label that no"):
+        read(write_rows(tmp_path / "a.csv", TEN[:2]))
     with pytest.raises(UserError, match="one row cannot be divided"):
         read(write_rows(tmp_path / "b.csv", TEN[:1]))
 
@@ -105,6 +107,22 @@ def test_a_row_whose_label_no_training_row_has_is_trained_on():
         train, dev = hold_out(rows, share, "classes")
         assert {"rare"} <= {row.label for row in train} >= {row.label for row in dev}
         assert sorted(row.where for row in train + dev) == sorted(row.where for row in rows)
+
+
+@pytest.mark.parametrize(("sizes", "kept"), [((30, 30), (3, 3)), ((90, 10, 2, 1), (9, 1, 1, 0)), ((4, 4), (1, 1))])
+def test_of_each_class_its_share_is_kept_apart_and_never_its_last_row(sizes, kept):
+    labels = [label for label, size in zip("abcd", sizes, strict=False) for _ in range(size)]
+    rows = [TextExample(f"line {i}", ("text",), label) for i, label in enumerate(labels)]
+    dev = [row.label for row in hold_out(rows, 0.1, "classes")[1]]
+    assert tuple(dev.count(label) for label in "abcd"[: len(sizes)]) == kept
+
+
+def test_sets_of_labels_are_kept_apart_only_where_training_rows_have_each_of_them_too():
+    sets = [("x", "rare"), ("x",), ("y",), ("x", "y")] + [("x",), ("y",)] * 3
+    rows = [TextExample(f"line {i}", ("text",), labels) for i, labels in enumerate(sets)]
+    train, dev = hold_out(rows, 0.9, "labels")
+    assert rows[0] in train and {"x", "y"} <= {label for row in train for label in row.label}
+    assert len(dev) == 8
 
 
 def test_questions_on_one_context_are_kept_apart_together():
