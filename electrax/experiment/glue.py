@@ -8,13 +8,21 @@ from electrax.config import AnyPath, UserError, find_config, load
 from electrax.data.examples import BadRows, check_labels, check_numbers
 from electrax.data.glue import GLUE, find_file, read_glue, write_leaderboard
 from electrax.experiment import finetune
-from electrax.experiment.config import FinetuneConfig
+from electrax.experiment.config import FinetuneConfig, FinetuneEvalConfig, FinetuneOptimizerConfig
 from electrax.experiment.examples import read_examples
+from electrax.models.heads import HeadStyle
+from electrax.models.sizes import ModelConfig
 from electrax.storage import path_of
 from electrax.training.processes import agreed
+from electrax.training.sharding import MeshConfig
 
 AFTER_MNLI = ("rte", "mrpc", "stsb")  # small tasks that learn more from a model trained on MNLI first
 UNLABELLED = ("test", "test_mismatched", "diagnostic")
+
+
+@dataclasses.dataclass(frozen=True)
+class GlueHeadConfig:
+    style: HeadStyle = "linear"  # dense: as Transformers' classification head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,11 @@ class GlueConfig:
     faithful: bool = False
     on_bad_row: Literal["", "error", "skip"] = ""  # as each task's config says; report all of them and end; leave out
     mnli_first: bool = False  # RTE, MRPC and STS-B once more from the best MNLI model, reported apart
+    model: ModelConfig = ModelConfig()
+    head: GlueHeadConfig = GlueHeadConfig()
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    eval: FinetuneEvalConfig = FinetuneEvalConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         unknown = [name for name in self.tasks if name not in GLUE]
@@ -92,6 +105,11 @@ def _config(config: GlueConfig, name: str, folder: str, init_from: str) -> Finet
         epochs=config.epochs or task.epochs,
         batch_size=config.batch_size,
         faithful=config.faithful,
+        model=config.model,
+        head=dataclasses.replace(task.head, style=config.head.style),
+        optimizer=config.optimizer,
+        eval=config.eval,
+        mesh=config.mesh,
         data=dataclasses.replace(task.data, path=config.path, on_bad_row=config.on_bad_row or task.data.on_bad_row),
     )
 

@@ -1,5 +1,6 @@
 """GLUE as a whole: every task, one table, the files that the leaderboard takes."""
 
+import dataclasses
 import json
 import re
 
@@ -160,7 +161,7 @@ def test_a_bad_label_is_named_before_anything_is_trained(tmp_path, task, old, ne
         (["--tasks", "[]"], "tasks: expected some of cola, .*, not none"),
         (["--tasks", '["rte"]', "--mnli_first"], "mnli_first needs mnli among the tasks"),
         (["--path", ""], "path is empty"),
-        (["--head.kind", "labels"], "unknown key head"),
+        (["--head.kind", "labels"], "unknown key head.kind; known here: style"),
         (["--path", "gone"], "gone: no training or dev file of CoLA, SST-2, .*, WNLI"),
     ],
 )
@@ -182,6 +183,25 @@ def test_every_task_has_its_shipped_config_and_the_settings_of_the_whole(tmp_pat
         assert (config.epochs, config.head) == (shipped.epochs, shipped.head)
         assert config.data.both_orders == (name in ("mrpc", "stsb"))
     assert {config.epochs for _, config in glue.task_configs(settings(tmp_path, epochs=0.5))} == {0.5}
+
+
+def test_sections_of_the_whole_are_those_of_every_task(tmp_path):
+    for task in ("cola", "stsb"):
+        write_glue(tmp_path, task)
+    sections = {
+        "optimizer": {"learning_rate": 2e-5},
+        "eval": {"patience": 2},
+        "mesh": {"fsdp": 2},
+        "model": {"compute_dtype": "bfloat16"},
+        "head": {"style": "dense"},
+    }
+    for name, config in glue.task_configs(settings(tmp_path, tasks=["cola", "stsb"], **sections)):
+        shipped = load(FinetuneConfig, find_config(name, "finetune"))
+        assert config.head == dataclasses.replace(shipped.head, style="dense")
+        for section in ("optimizer", "eval", "mesh", "model"):  # the shipped configs set none of their keys
+            default = getattr(FinetuneConfig, section)
+            assert getattr(shipped, section) == default
+            assert getattr(config, section) == dataclasses.replace(default, **sections[section])
 
 
 def test_three_small_tasks_come_after_mnli(tmp_path):
