@@ -67,6 +67,10 @@ def labelled(folder):
     (folder / "new.txt").write_text("a good film\na dull film\n")
     pairs = [(f"is it {i}", f"it is {i}", str(i % 5)) for i in range(40)]
     (folder / "pairs.tsv").write_text(table(("question", "answer", "stars"), *pairs, separator="\t"))
+    topics = [(f"film {i}", ("film", "film;new", "")[i % 3]) for i in range(40)]
+    (folder / "topics.csv").write_text(table(("text", "topics"), *topics, separator=","))
+    quiz = [(f"is it {i}", "yes", "no", str(i % 2)) for i in range(40)]
+    (folder / "quiz.csv").write_text(table(("question", "first", "second", "right"), *quiz, separator=","))
     for split in ("train", "val", "test"):
         for ending, word in (("en", "cat"), ("de", "Katze")):
             write(folder / "captions" / f"{split}.{ending}", "".join(f"{word} {i}\n" for i in range(20)))
@@ -142,13 +146,15 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
             continue
         assert run([command, *rest, *options(command, rest)]) == 0
         ran.append(command)
-    assert ran.count("finetune") == 10 if has_scores else 8
+    assert ran.count("finetune") == 12 if has_scores else 10
     assert {"pretrain", "evaluate", "prepare", "predict", "generate", "score", "augment"} <= set(ran)
     for file in ("config.toml", "metrics.jsonl", "results.json", "tokenizer.json", "checkpoints/2"):
         assert (folder / "runs" / "mine" / file).exists()
     out = capsys.readouterr().out
     assert "held-out rows after step 2" in out
     assert "accuracy of 2 seeds" in out
+    for name, kind in (("topics", "labels"), ("quiz", "choice")):
+        assert json.loads((folder / "runs" / name / "head.json").read_text())["kind"] == kind
 
     make_gpt2(folder / "hub" / "gpt2")  # in the place of the one that the README fetches
     assert run(["convert", "hub/gpt2", "runs/gpt2"]) == 0
