@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ from electrax.data.encoded import RowBatches
 from electrax.data.examples import Answer, QuestionExample
 from electrax.data.tokenizer import Tokenizer
 from electrax.data.windows import make_windows
+from electrax.experiment.run import Run
 from electrax.models.encoder import EncoderConfig
+from electrax.report.finetune import at_best_threshold
 from electrax.tasks.answer import AnswerTask
 from electrax.training.evaluate import make_evaluate
 from electrax.training.sharding import MeshConfig, make_mesh
+from electrax.training.tracking import Record
 from tests.fixtures.weights import random_params
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] who sat where the cat on mat red and ran far ##s cafe 東 京 , .".split()
@@ -319,6 +323,20 @@ def test_a_head_that_is_stuck_is_said_in_words(tokenizer):
         "it gives every window the same score of having no answer",
     ]
     assert task.diagnose({}, arrays_of(task, [[(5, 5, 0.0)], [(4, 5, 0.0)]], [1.0, 0.0])) == []
+
+
+def test_a_threshold_above_which_no_question_is_answered_is_said_of_the_task_that_has_it(tokenizer, monkeypatch):
+    """Two of three questions have no answer, and the one that has some looks most like them."""
+    task = make_task(tokenizer, [question(CONTEXT, "cat"), *[question(impossible=True)] * 2], no_answer=True)
+    arrays = arrays_of(task, [[(5, 5, 0.0)], [(4, 5, 0.0)], [(4, 5, 0.0)]], [-4.0, -5.0, -6.0])
+    final = Record(1, "eval", task.summarize({"loss": 0.5}, arrays), arrays)
+    monkeypatch.setattr("electrax.report.finetune.keep_threshold", lambda workdir, threshold: None)
+    run = Run.__new__(Run)
+    vars(run).update(task=task, config=SimpleNamespace(workdir="unused"))
+    assert task.diagnose({}, arrays) == []
+    best, found = at_best_threshold(run, final)
+    assert (best.null_threshold, round(found.figures["exact"])) == (-7.0, 67)
+    assert best.diagnose({}, arrays) == ["it is stuck at no answer: every question gets none"]
 
 
 @pytest.mark.parametrize("impossible", [True, False])
