@@ -121,6 +121,10 @@ def trained(folder, prepared):
             ["pretrain", "tiny", "--workdir", "w", "--log.every", "5", "--steps_per_dispatch", "8"],
             "steps_per_dispatch must lie between 0 and the 5 steps",
         ),
+        (
+            ["pretrain", "RUN", "--workdir", "w", "--model.attention", "cudnn"],
+            "model.attention cudnn needs an NVIDIA GPU, not a cpu; expected plain or xla",
+        ),
         (["prepare", "a.txt"], "prepare: expected TEXT… --out DIR"),
         (["prepare", "gone.txt", "--out", "w"], "gone.txt"),
         (["evaluate", "gone"], "gone/config.toml: no such file; expected the work directory of an electrax run"),

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from typing import Literal
 
+import jax
+
 from electrax.config import AnyPath, UserError, build, read_toml
 from electrax.data.outside import is_file_name, read_object
 from electrax.data.templates import check_template
@@ -263,10 +265,13 @@ def read_config(workdir: str | os.PathLike) -> AnyConfig:
 
 
 def computed_in(config: AnyConfig, compute_dtype: str | None) -> AnyConfig:
-    """With matrix products in float32 or bfloat16; None leaves them as they are. Another is a UserError."""
+    """With matrix products in float32 or bfloat16 (None leaves them as they are; another is a UserError), and attention
+    that this machine has."""
     if compute_dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"compute_dtype: expected float32 or bfloat16, not {compute_dtype!r}")
     changes = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
+    if config.model.attention == "cudnn" and (jax.default_backend() != "gpu" or compute_dtype == "float32"):
+        changes["attention"] = "plain"
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 

@@ -214,8 +214,11 @@ def train_side_by_side(
 
 
 def mesh_for(config: Any) -> Mesh:
-    """The mesh of a config. Raises UserError where the batch does not divide over it."""
+    """The mesh of a config. Raises UserError where the batch does not divide over it, or it has not the attention."""
     mesh = make_mesh(config.mesh)
+    platform = mesh.devices.flat[0].platform
+    if config.model.attention == "cudnn" and platform != "gpu":
+        raise UserError(f"model.attention cudnn needs an NVIDIA GPU, not a {platform}; expected plain or xla")
     ways = row_ways(mesh)
     if config.batch_size % ways:
         larger = math.ceil(config.batch_size / ways) * ways

@@ -71,6 +71,11 @@ class EncoderConfig:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
         if self.traits.rotary and self.width // self.heads % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.width // self.heads}")
+        if self.attention == "cudnn" and (self.compute_dtype != "bfloat16" or self.width // self.heads % 8):
+            raise ValueError(
+                "attention cudnn needs compute_dtype bfloat16 and heads whose width is a multiple of 8, not "
+                f"{self.compute_dtype} and {self.width // self.heads}"
+            )
         if self.traits.bare and self.embedding_width != self.width:
             raise ValueError(f"the body {self.body} has embeddings as wide as its states, {self.width}")
 
