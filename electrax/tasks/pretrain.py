@@ -22,7 +22,7 @@ from electrax.models.sizes import GeneratorKind
 from electrax.tasks import corruption
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 from electrax.tasks.metrics import area_under_curve
-from electrax.tasks.vocabulary import by_rows, is_largest
+from electrax.tasks.vocabulary import by_rows, devices_of_tensors, is_largest
 
 EPSILON = 1e-6  # the reference adds it to every denominator
 MOST_LOGITS = 2**28  # of a device, held at once: 1 GiB
@@ -259,7 +259,7 @@ class PretrainTask:
     def rows_at_once(self, rows: int, places: int) -> int:
         """The largest divisor of `rows` that holds as few logits as wanted, with logits at `places` of a row."""
         most = self.objective.vocabulary_rows or (
-            MOST_LOGITS * jax.device_count() // (places * self.generator.padded_vocab_size)
+            MOST_LOGITS * devices_of_tensors() // (places * self.generator.padded_vocab_size)
         )
         return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
 

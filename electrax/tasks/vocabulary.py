@@ -1,5 +1,6 @@
 """Logits over a large vocabulary, without those of all rows at once."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from electrax.tasks.base import Batch
+
+
+def devices_of_tensors() -> int:
+    """How many devices the tensors of the code that is being traced are divided over: all, or in a shard_map over rows
+    those that share its rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return jax.device_count()
+    return math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
 
 
 def by_rows(function: Callable[[Batch], Batch], rows: Batch, size: int) -> Batch:
