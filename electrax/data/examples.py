@@ -54,7 +54,7 @@ class Answer:
 class QuestionExample:
     """A question on a context. Possible and without an answer: the file has no answers (a test set).
 
-    `aliases` are further texts that count as right in an evaluation but were not found in the context.
+    `golds` are the texts that count as right in an evaluation, where the file has such beside the places of answers.
     """
 
     where: str
@@ -63,7 +63,7 @@ class QuestionExample:
     context: str
     answers: tuple[Answer, ...]
     impossible: bool = False
-    aliases: tuple[str, ...] = ()
+    golds: tuple[str, ...] = ()
 
 
 Example = TypeVar("Example", TextExample, TaggedExample, QuestionExample)

@@ -62,7 +62,7 @@ def _unique(items: Iterator[QuestionExample | BadRow]) -> Iterator[QuestionExamp
 
 
 def _question(where: str, qa: dict[str, Any], id_field: str, context: str) -> QuestionExample | Fault:
-    """The question with neither answers nor aliases."""
+    """The question without answers."""
     id, question, impossible = qa.get(id_field), qa.get("question"), qa.get("is_impossible", False)
     if fault := text_fault(id, repr(id_field)) or text_fault(question, "'question'"):
         return fault
@@ -183,9 +183,8 @@ def _mrqa_question(where: str, qa: dict[str, Any], context: str) -> QuestionExam
             found = short(context[max(start, 0) : max(end, 0)])
             return Fault("answer", f"expected the answer {short(text)} at character {start}, found {found}")
     answers = tuple(Answer(context[start:end], start) for _, start, end in spans)
-    known = {answer.text for answer in answers}
-    aliases = tuple(dict.fromkeys(text for text in qa.get("answers", ()) if text not in known))
-    return QuestionExample(where, example.id, example.question, context, answers, example.impossible, aliases)
+    golds = tuple(qa.get("answers", ()))  # what the task's official script compares with, and not the places
+    return QuestionExample(where, example.id, example.question, context, answers, example.impossible, golds)
 
 
 def _letters(text: str) -> str:

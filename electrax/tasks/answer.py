@@ -160,7 +160,7 @@ class AnswerTask(FinetuneTask):
 
 
 def _golds(example: QuestionExample) -> list[str]:
-    return [] if example.impossible else [*(answer.text for answer in example.answers), *example.aliases]
+    return [] if example.impossible else list(example.golds) or [answer.text for answer in example.answers]
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:

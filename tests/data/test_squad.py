@@ -40,7 +40,7 @@ def read(tmp_path):
 def test_answers_start_at_a_character_of_the_context(read, name):
     (row,), _ = read(squad(question(answers=[("Bonn", 16), ("in  Bonn", 12)])), name=name)
     assert row.answers == (Answer("Bonn", 16), Answer("in  Bonn", 12))
-    assert (row.id, row.question, row.context, row.impossible, row.aliases) == ("q1", "Where?", CONTEXT, False, ())
+    assert (row.id, row.question, row.context, row.impossible, row.golds) == ("q1", "Where?", CONTEXT, False, ())
     assert row.where.endswith(f"{name}, question q1")
 
 
@@ -157,14 +157,14 @@ def mrqa(qid="q1", found=(BONN,), answers=("Bonn",), question="What?", **more):
 def test_every_detected_span_is_an_answer_that_ends_with_its_last_character(read, name):
     rows, _ = read([HEADER, mrqa(answers=["Bonn", "the city of Bonn"]), "", mrqa("q2")], name=name)
     assert rows[0].answers == (Answer("Bonn", 6), Answer("Bonn", 17))
-    assert rows[0].aliases == ("the city of Bonn",) and rows[1].aliases == ()
+    assert rows[0].golds == ("Bonn", "the city of Bonn") and rows[1].golds == ("Bonn",)
     assert rows[0].context == MRQA_CONTEXT and [row.id for row in rows] == ["q1", "q2"]
     assert rows[0].where.endswith(f"{name}, line 2, question q1") and "line 4" in rows[1].where
 
 
 def test_spans_may_differ_from_the_answer_in_case_and_punctuation(read):
     (row,), _ = read([HEADER, mrqa(found=[detected("the rhine", (28, 37))], answers=["the rhine"])], name="a.jsonl")
-    assert row.answers == (Answer("the  Rhine", 28),) and row.aliases == ("the rhine",)
+    assert row.answers == (Answer("the  Rhine", 28),) and row.golds == ("the rhine",)
 
 
 def test_an_mrqa_test_set_has_no_answers(read):

@@ -36,9 +36,9 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.load(path)
 
 
-def question(context=CONTEXT, *texts, id="q", impossible=False, aliases=()):
+def question(context=CONTEXT, *texts, id="q", impossible=False, golds=()):
     answers = tuple(Answer(text, context.index(text)) for text in texts)
-    return QuestionExample("f.json", id, "who sat", context, answers, impossible, aliases)
+    return QuestionExample("f.json", id, "who sat", context, answers, impossible, golds)
 
 
 def make_task(tokenizer, examples, max_length=16, stride=128, **options):
@@ -267,15 +267,21 @@ def test_answers_are_cut_out_of_accents_emoji_chinese_and_repeated_spaces_as_the
 
 
 def test_figures_of_questions_that_all_have_answers_ignore_the_null_score(tokenizer):
-    examples = [question(CONTEXT, "the cat", "cat sat"), question("the red mat", "mat", aliases=("Red mat!",))]
+    examples = [question(CONTEXT, "the cat", "cat sat"), question("the red mat", "mat", golds=("Red mat!",))]
     task = make_task(tokenizer, examples)
     figures = task.summarize({"loss": 2.0}, arrays_of(task, [[(5, 7, 0.0)], [(5, 6, 0.0)]], [9.0, 9.0]))
-    # "cat sat on" against "cat sat": 2 of 3 and 2 of 2 words; "red mat" is an alias
+    # "cat sat on" against "cat sat": 2 of 3 and 2 of 2 words; "red mat" is what counts as right
     assert figures["loss"] == 2.0
     assert figures["exact"] == pytest.approx(50.0)
     assert figures["f1"] == pytest.approx(100 * (0.8 + 1.0) / 2)
     assert task.metric == "f1" and task.score(figures) == figures["f1"]
     assert "best_f1" not in figures and "NoAns_f1" not in figures
+
+
+def test_where_a_file_says_what_counts_as_right_its_places_do_not(tokenizer):
+    task = make_task(tokenizer, [question("the red mat", "mat", golds=("red mat",))])
+    figures = task.summarize({"loss": 0.0}, arrays_of(task, [[(6, 6, 0.0)]], [0.0]))
+    assert (figures["exact"], figures["f1"]) == (0.0, pytest.approx(100 * 2 / 3))  # "mat" against "red mat"
 
 
 def test_with_unanswerable_questions_the_threshold_decides_and_the_best_one_is_found(tokenizer):
