@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Int, Int64
 
-# tokens a row is padded to; beyond: multiples of 512
+# tokens a row is padded to on a CPU; beyond: multiples of 512
 LADDER = (*range(8, 128, 8), *range(128, 256, 32), *range(256, 513, 64))
+ACCELERATOR_LADDER = (32, 64, 96, 128, 192, 256, 384, 512)  # a program takes an accelerator longer to compile
 TOKENS = 512  # of a large batch: on one core its activations stay in the cache
 ACCELERATOR_TOKENS = 8192
 WIDE = {"xla_cpu_prefer_vector_width": 512}  # bits, where the processor has them; XLA's own choice is 256
@@ -28,8 +29,13 @@ def at_a_time() -> int:
     return os.cpu_count() or 1 if jax.default_backend() == "cpu" else 2
 
 
+def ladder() -> tuple[int, ...]:
+    """The lengths that rows are padded to on this machine."""
+    return LADDER if jax.default_backend() == "cpu" else ACCELERATOR_LADDER
+
+
 def padded_length(length: int) -> int:
-    return next((step for step in LADDER if length <= step), -(-length // LADDER[-1]) * LADDER[-1])
+    return next((step for step in ladder() if length <= step), -(-length // LADDER[-1]) * LADDER[-1])
 
 
 def row_counts(length: int, tokens: int) -> list[int]:
@@ -110,7 +116,7 @@ def warm_up(forward: Callable[..., Any], columns: int, most: int, longest: int |
     """Runs `forward` on every shape that rows of `shortest` to `longest` tokens come in (None, and at most: `most`);
     returns how many these are. No later call compiles."""
     longest = padded_length(min(max(longest or most, shortest), most))
-    steps = [*LADDER, *range(2 * LADDER[-1], longest + 1, LADDER[-1])]
+    steps = [*ladder(), *range(2 * LADDER[-1], longest + 1, LADDER[-1])]
     steps = [n for n in steps if min(shortest, longest) <= n <= longest]
     shapes = {(rows, min(length, most)) for length in steps for rows in row_counts(length, batch_tokens())}
     ones = ([np.ones(shape, np.int32)] * columns for shape in sorted(shapes))

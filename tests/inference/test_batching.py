@@ -1,6 +1,7 @@
 import itertools
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ from electrax.inference.batching import (
 )
 def test_a_length_is_padded_to_the_next_of_few(length, padded):
     assert padded_length(length) == padded
+
+
+def test_an_accelerator_has_fewer_lengths(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [padded_length(length) for length in (1, 33, 128, 129, 257, 513)] == [32, 64, 128, 192, 384, 1024]
 
 
 def test_a_length_has_three_sizes_of_batches():
