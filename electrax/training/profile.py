@@ -42,14 +42,14 @@ class ProfiledStep:
     def __init__(self, step: Step, directory: AnyPath):
         self._step, self._directory = step, directory
         self._calls, self._traced, self._began, self._seconds = 0, 0, 0.0, 0.0
-        self._names: dict[str, str] = {}
+        self._programs: list[jax.stages.Compiled] = []
         self._open = False
 
     def __call__(self, state: TrainState, batch: Batch) -> StepResult:
         if self._calls == WARM_UP:
             self._start(state)
-        if self._open:
-            self._names |= operation_names(self._step.compiled(state, batch).as_text())
+        if self._open and (program := self._step.compiled(state, batch)) not in self._programs:
+            self._programs.append(program)
         result = self._step(state, batch)
         self._calls += 1
         if self._open:
@@ -77,9 +77,12 @@ class ProfiledStep:
         if not self._traced:
             return None
         events = read_events(self._directory)
+        names: dict[str, str] = {}
+        for program in self._programs:
+            names |= operation_names(program.as_text())
         parts = Counter[str]()
         for name, microseconds in own_time(events).items():
-            parts[part_of(self._names.get(name, ""))] += microseconds
+            parts[part_of(names.get(name, ""))] += microseconds
         total = sum(parts.values()) or 1.0
         shares = {name: value / total for name, value in parts.most_common()}
         return Profile(self._traced, self._seconds, busy_time(events) / 1e6 / self._seconds, shares)
