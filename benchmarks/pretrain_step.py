@@ -74,7 +74,7 @@ class Training:
         self.state = fresh_state(task, optimizer, rows, abstract, config.seed)
         self.flops = task.flops(config.batch_size, config.data.max_length)
         due = (config.log.every, config.eval.every, config.checkpoint.every)
-        self.steps_a_call = choose_together(config.steps_per_dispatch, due, jax.default_backend())
+        self.steps_a_call = choose_together(config.steps_per_dispatch, due, jax.devices()[0], self.flops)
         self._step = make_step(task, optimizer, abstract, mesh, microbatch, config.seed)
         self._feed, self._done = make_feed(config, task, corpus, mesh), 0
 

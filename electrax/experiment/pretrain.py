@@ -159,6 +159,7 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
         steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)
         task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, corpus)
     keep_config(config, tokenizer, config.data.path)
+    flops = task.flops(config.batch_size, config.data.max_length)
     return assemble(
         config,
         task,
@@ -166,14 +167,15 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
         mesh,
         example={"ids": corpus.rows("train", np.zeros(config.batch_size, np.int64))},
         steps=steps,
-        flops_per_step=task.flops(config.batch_size, config.data.max_length),
+        flops_per_step=flops,
         tokens_per_step=float(config.batch_size * config.data.max_length),
         eval_every=config.eval.every,
         save_every=config.checkpoint.every,
         steps_per_dispatch=choose_together(
             config.steps_per_dispatch,
             (config.log.every, config.eval.every, config.checkpoint.every),
-            mesh.devices.flat[0].platform,
+            mesh.local_devices[0],
+            flops / mesh.size,
         ),
         feed=make_feed(config, task, corpus, mesh),
         initial=lambda drawn: start_weights(config, tokenizer, drawn),

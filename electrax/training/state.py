@@ -16,10 +16,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from electrax.config import UserError
+from electrax.models.flops import peak_flops
 from electrax.tasks.base import Batch, Mean, Metrics, Params, Task
 from electrax.training.sharding import BATCH_AXES, batch_sharding, like_params, over_rows, params_sharding, row_ways
 
 MOST_TOGETHER = 32  # steps in a call
+CALL_SECONDS = 2.0  # a stop waits for two calls
+UTILISATION = 0.15  # of a device's peak, that even a small model reaches
 
 
 @flax.struct.dataclass
@@ -81,13 +84,14 @@ def choose_microbatch(config_rows: int, rows: int, length: int, platform: str) -
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, 512 // length))
 
 
-def choose_together(config_steps: int, intervals: Sequence[int], platform: str) -> int:
+def choose_together(config_steps: int, intervals: Sequence[int], device: jax.Device, flops: float) -> int:
     """Steps that one call takes: as configured, or one on a CPU. On an accelerator, where a call costs the host as much
-    as a small step takes, the most up to MOST_TOGETHER that divide the intervals at which something is due."""
-    if config_steps or platform == "cpu":
+    as a small step takes, the most up to MOST_TOGETHER that divide the intervals at which something is due and are
+    likely to be over in CALL_SECONDS. `flops` are those of a step on one device."""
+    if config_steps or device.platform == "cpu":
         return config_steps or 1
-    whole = math.gcd(*intervals)
-    return max(n for n in range(1, MOST_TOGETHER + 1) if whole % n == 0)
+    most = CALL_SECONDS * UTILISATION * peak_flops(device, "bfloat16") / flops
+    return max(n for n in range(1, MOST_TOGETHER + 1) if n == 1 or (n <= most and math.gcd(*intervals) % n == 0))
 
 
 def gradients(task: Task, params: Params, prepared: Batch, mesh: Mesh, microbatch: int):

@@ -313,9 +313,16 @@ def test_a_micro_batch_that_does_not_divide_the_rows_is_an_error_with_one_that_d
 
 
 def test_an_accelerator_takes_as_many_steps_a_call_as_divide_the_intervals():
-    assert choose_together(0, (100, 10_000, 1_000), "gpu") == 25
-    assert choose_together(0, (96, 192, 960), "gpu") == 32
-    assert choose_together(0, (7, 1_000, 1_000), "tpu") == 1
-    assert choose_together(4, (100, 1_000, 1_000), "gpu") == 4
-    assert choose_together(0, (100, 1_000, 1_000), "cpu") == 1
-    assert choose_together(4, (100, 1_000, 1_000), "cpu") == 4
+    gpu = unittest.mock.Mock(spec=jax.Device, platform="gpu", device_kind="NVIDIA H200")  # 989 TFLOP/s
+    assert choose_together(0, (100, 10_000, 1_000), gpu, 1e12) == 25
+    assert choose_together(0, (96, 192, 960), gpu, 1e12) == 32
+    assert choose_together(0, (7, 1_000, 1_000), gpu, 1e12) == 1
+    assert choose_together(0, (100, 1_000, 1_000), gpu, 2e13) == 10  # 14 are over in 2 s at 15 % of the peak
+    assert choose_together(0, (100, 1_000, 1_000), gpu, 1e16) == 1
+    assert choose_together(4, (100, 1_000, 1_000), gpu, 1e16) == 4
+
+
+def test_a_cpu_takes_a_step_a_call_unless_told_otherwise():
+    cpu = jax.devices("cpu")[0]
+    assert choose_together(0, (100, 1_000, 1_000), cpu, 1e12) == 1
+    assert choose_together(4, (100, 1_000, 1_000), cpu, 1e12) == 4
