@@ -148,7 +148,8 @@ class TorchSide:
     we do."""
 
     def __init__(self, case: Case, words: str, mode: str):
-        given = json.dumps([case._asdict(), words, mode])
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"  # where PyTorch has no GPU it says so
+        given = json.dumps([case._asdict(), words, mode, device])
         command = [sys.executable, "-m", "benchmarks.accelerator", "--torch_side", given]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -167,11 +168,8 @@ class TorchSide:
         self._process.kill()
 
 
-def serve_torch(case: Case, words: str, mode: str) -> None:
+def serve_torch(case: Case, words: str, mode: str, device: str) -> None:
     """The other end of a TorchSide."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         step = torch_step(step_config(case.size, case.batch, case.length, *words.split()), device, True, mode)
         run_calls(step, 4)  # compiles; CUDA graphs are recorded after the first
@@ -213,8 +211,7 @@ def measure_cases(scale: Scale, write_rows: Callable[[Any], None]) -> dict[str, 
             elif limit and needed_bytes(training) > MEMORY_SHARE * limit:
                 tried[str(same.batch)] = f"needs {needed_bytes(training):,} bytes"
             else:
-                run, steps = calls_of(training, scale.steps)
-                (seconds,) = step_seconds({"": (run, steps)}, 1 if case.batch else 2)[""][-1:]
+                (seconds,) = step_seconds({"": calls_of(training, scale.steps)}, 1)[""]
                 tried[str(same.batch)] = same.batch * same.length / seconds
                 if fastest is None or tried[str(same.batch)] > fastest[0]:
                     fastest = tried[str(same.batch)], same, training
