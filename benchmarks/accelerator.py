@@ -6,11 +6,12 @@
     python -m benchmarks.accelerator --check           # every part once at toy size on the CPU; writes nothing
 
 cases: steps of ELECTRA-Small and Base in bfloat16 with data and optimizer, calls one after the other without waiting,
-against Transformers in PyTorch (bfloat16 autocast, SDPA, torch.compile), which runs in processes of its own, in
-alternation. MFU is of the device's nominal peak, by the same count of FLOPs on both sides. settings: each as a ratio to
-what it changes, small 128 x 128. lookup: the word table's gradient with rows that are hit often. host: what a call
-costs the host, as a share of a step, and that nothing compiles after the first step. Everything is compiled before
-anything is timed, several programs at a time. Each row is written when it is there. Without a GPU the exit status is 2.
+as XLA has them and with the fused kernels, against Transformers in PyTorch (bfloat16 autocast, SDPA, torch.compile),
+which runs in processes of its own, in alternation. MFU is of the device's nominal peak, by the same count of FLOPs on
+both sides. settings: each as a ratio to what it changes, small 128 x 128. lookup: the word table's gradient with rows
+that are hit often. host: what a call costs the host, as a share of a step, and that nothing compiles after the first
+step. Everything is compiled before anything is timed, several programs at a time. Each row is written when it is there.
+Without a GPU the exit status is 2.
 """
 
 import argparse
@@ -39,24 +40,27 @@ from electrax.models.lookup import lookup
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
+STILL_ATTENTION = "--model.attention_dropout=0"  # cuDNN's and XLA's attention have no dropout
+CUDNN = f"{STILL_ATTENTION} --model.attention=cudnn"
+FUSED = "--model.attention=fused --model.residual=fused"
+VARIANTS = {"electrax": "", "electrax, fused": FUSED}
+
+
 class Case(NamedTuple):
     size: str
     batch: int  # 0: the quickest of FREE_BATCHES
     length: int
-    words: str = ""  # of the command line
+    variants: dict[str, str] = VARIANTS  # ways to train it, by words of the command line
 
 
-STILL_ATTENTION = "--model.attention_dropout=0"  # cuDNN's and XLA's attention have no dropout
-CUDNN = f"{STILL_ATTENTION} --model.attention=cudnn"
 CASES = {
     "small, 128 x 128": Case("small", 128, 128),
     "small, free batch": Case("small", 0, 128),
     "base, L128": Case("base", 256, 128),
-    "base, L512": Case("base", 64, 512),
-    "base, L512, cudnn": Case("base", 64, 512, CUDNN),
+    "base, L512": Case("base", 64, 512, VARIANTS | {"electrax, cudnn": CUDNN}),
 }
 TOY_CASES = {"toy": Case("tiny", 4, 32), "toy, free batch": Case("tiny", 0, 32)}
-TOY_WORDS = "--model.layers=1 --model.width=32 --model.embedding_width=32"
+TOY_WORDS = "--model.layers=1 --model.width=32 --model.heads=2 --model.embedding_width=32"
 WORDS = "--model.compute_dtype=bfloat16"  # of every training here
 
 # name: (words of the command line, words of what it is compared with, over WORDS); {half} is half of the rows
@@ -70,6 +74,9 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "packed rows": ("--data.layout=packed", ""),
     "1 step a call": ("--steps_per_dispatch=1", ""),
     "vocabulary in two": ("--objective.vocabulary_rows={half}", ""),
+    "attention: fused": ("--model.attention=fused", ""),
+    "residual: fused": ("--model.residual=fused", ""),
+    "both fused": (FUSED, ""),
     "attention: xla": (f"{STILL_ATTENTION} --model.attention=xla", STILL_ATTENTION),
     "attention: cudnn": (CUDNN, STILL_ATTENTION),
     "rows from the host": ("--rows_on_device=never", "--rows_on_device=always"),
@@ -98,8 +105,7 @@ class Scale(NamedTuple):
 
 
 def make_training(case: Case, words: str) -> Training:
-    half = str(max(1, case.batch // 2))
-    words = f"{words} {case.words}".replace("{half}", half)
+    words = words.replace("{half}", str(max(1, case.batch // 2)))
     return Training(step_config(case.size, case.batch, case.length, *words.split()))
 
 
@@ -149,7 +155,7 @@ class TorchSide:
 
     def __init__(self, case: Case, words: str, mode: str):
         device = "cuda" if jax.default_backend() == "gpu" else "cpu"  # where PyTorch has no GPU it says so
-        given = json.dumps([case._asdict(), words, mode, device])
+        given = json.dumps([case, words, mode, device])
         command = [sys.executable, "-m", "benchmarks.accelerator", "--torch_side", given]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -193,61 +199,79 @@ def torch_sides(case: Case, scale: Scale) -> dict[str, TorchSide]:
 
 def measure_cases(scale: Scale, write_rows: Callable[[Any], None]) -> dict[str, Any]:
     peak, result = peak_flops(jax.devices()[0]), {}
-    sides = {name: torch_sides(case, scale) for name, case in scale.cases.items() if case.batch and not case.words}
+    sides = {name: torch_sides(case, scale) for name, case in scale.cases.items() if case.batch}
     wanted = [
-        (name, case._replace(batch=batch))
+        (name, variant, batch)
         for name, case in scale.cases.items()
+        for variant in case.variants
         for batch in ([case.batch] if case.batch else scale.free_batches)
     ]
-    trainings = made([functools.partial(make_training, case, scale.words) for _, case in wanted])
+
+    def make(name: str, variant: str, batch: int) -> Training:
+        case = scale.cases[name]
+        return make_training(case._replace(batch=batch), f"{scale.words} {case.variants[variant]}")
+
+    trainings = dict(zip(wanted, made([functools.partial(make, *one) for one in wanted]), strict=True))
     compiled = {name: {mode: side.answer() for mode, side in modes.items()} for name, modes in sides.items()}
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     for name, case in scale.cases.items():
-        tried: dict[str, Any] = {}
-        fastest: tuple[float, Case, Training] | None = None
-        for (_, same), training in [pair for pair in zip(wanted, trainings, strict=True) if pair[0][0] == name]:
-            if isinstance(training, Exception):
-                tried[str(same.batch)] = str(training).splitlines()[0][:200]
-            elif limit and needed_bytes(training) > MEMORY_SHARE * limit:
-                tried[str(same.batch)] = f"needs {needed_bytes(training):,} bytes"
+        row: dict[str, Any] = {**case._asdict(), "tried": {}, "failed": {}, "contestants": {}}
+        chosen: dict[str, tuple[int, Training]] = {}
+        for variant in case.variants:
+            own = {batch: trainings[at] for at in wanted if at[:2] == (name, variant) for batch in [at[2]]}
+            row["tried"][variant], chosen[variant] = quickest(own, case.length, scale.steps)
+        chosen = {variant: found for variant, found in chosen.items() if found}
+        runs = {variant: calls_of(training, scale.steps) for variant, (_, training) in chosen.items()}
+        for mode, side in sides.get(name, {}).items():
+            if (answer := compiled[name][mode]) != "ready":
+                row["failed"][mode] = answer
             else:
-                (seconds,) = step_seconds({"": calls_of(training, scale.steps)}, 1)[""]
-                tried[str(same.batch)] = same.batch * same.length / seconds
-                if fastest is None or tried[str(same.batch)] > fastest[0]:
-                    fastest = tried[str(same.batch)], same, training
-        if fastest is None:
-            result[name] = {**case._asdict(), "tried": tried}
-            print(f"{name:20}not here: {tried}", flush=True)
-            continue
-        _, case, training = fastest
-        runs = {"electrax": calls_of(training, scale.steps)}
-        failed = {mode: answer for mode, answer in compiled.get(name, {}).items() if answer != "ready"}
-        runs |= {
-            mode: (functools.partial(side.run, scale.steps), scale.steps)
-            for mode, side in sides.get(name, {}).items()
-            if mode not in failed
-        }
+                runs[mode] = functools.partial(side.run, scale.steps), scale.steps
         seconds = step_seconds(runs, scale.rounds)
-        row: dict[str, Any] = {**case._asdict(), "flops": training.flops, "steps_a_call": training.steps_a_call}
-        row |= {"needed_bytes": needed_bytes(training), "tried": tried, "failed": failed, "contestants": {}}
         for contestant, values in seconds.items():
+            batch, training = chosen.get(contestant) or next(iter(chosen.values()))
             row["contestants"][contestant] = figures = {
+                "batch": batch,
+                "flops": training.flops,
                 "seconds": spread(values),
-                "tokens_per_second": spread([case.batch * case.length / value for value in values]),
+                "tokens_per_second": spread([batch * case.length / value for value in values]),
                 "mfu": spread([training.flops / value / peak for value in values]),
-                "electrax_ratio": ratios(seconds, "electrax", contestant),
+                "ratio_to": {other: ratios(seconds, contestant, other) for other in seconds if other != contestant},
             }
+            if contestant in chosen:
+                figures |= {"steps_a_call": training.steps_a_call, "needed_bytes": needed_bytes(training)}
             print(
-                f"{name:20}{case.batch:>6} x {case.length:<5}{contestant:34}"
+                f"{name:20}{batch:>6} x {case.length:<5}{contestant:34}"
                 f"{figures['seconds']['median'] * 1e3:9.2f} ms{figures['tokens_per_second']['median']:>12,.0f} "
-                f"tokens/s   MFU {figures['mfu']['median']:.1%}   electrax takes {shown(figures['electrax_ratio'])}",
+                f"tokens/s   MFU {figures['mfu']['median']:.1%}   "
+                + "   ".join(f"{shown(ratio)} of {other}" for other, ratio in figures["ratio_to"].items()),
                 flush=True,
             )
+        for variant in case.variants.keys() - chosen.keys():
+            print(f"{name:20}{variant:34}not here: {row['tried'][variant]}", flush=True)
         result[name] = row
         write_rows({"nominal_peak_flops": peak, "rows": result})
         for side in sides.get(name, {}).values():
             side.close()
     return {"nominal_peak_flops": peak, "rows": result}
+
+
+def quickest(
+    trainings: Mapping[int, Training | Exception], length: int, steps: int
+) -> tuple[dict[str, Any], tuple[int, Training] | None]:
+    """Of trainings by batch: what each does, in tokens a second or in words, and the quickest with its batch."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    tried: dict[str, Any] = {}
+    found: dict[float, tuple[int, Training]] = {}
+    for batch, training in trainings.items():
+        if isinstance(training, Exception):
+            tried[str(batch)] = str(training).splitlines()[0][:200]
+        elif limit and needed_bytes(training) > MEMORY_SHARE * limit:
+            tried[str(batch)] = f"needs {needed_bytes(training):,} bytes"
+        else:
+            ((seconds,),) = step_seconds({"": calls_of(training, steps)}, 1).values()
+            tried[str(batch)] = rate = batch * length / seconds
+            found[rate] = batch, training
+    return tried, found[max(found)] if found else None
 
 
 def measure_settings(
@@ -404,7 +428,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.torch_side:
         case, *rest = json.loads(options.torch_side)
-        return serve_torch(Case(**case), *rest)
+        return serve_torch(Case(*case), *rest)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the memory as well
     use_compilation_cache()
     if not options.check and jax.default_backend() != "gpu":

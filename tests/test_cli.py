@@ -125,6 +125,10 @@ def trained(folder, prepared):
             ["pretrain", "RUN", "--workdir", "w", "--model.attention", "cudnn"],
             "model.attention cudnn needs an NVIDIA GPU, not a cpu; expected plain or xla",
         ),
+        (
+            ["pretrain", "RUN", "--workdir", "w", "--model.residual", "fused"],
+            "model.residual fused needs an NVIDIA GPU, not a cpu; expected plain",
+        ),
         (["prepare", "a.txt"], "prepare: expected TEXT… --out DIR"),
         (["prepare", "gone.txt", "--out", "w"], "gone.txt"),
         (["evaluate", "gone"], "gone/config.toml: no such file; expected the work directory of an electrax run"),

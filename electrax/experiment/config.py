@@ -11,6 +11,7 @@ from electrax.data.outside import is_file_name, read_object
 from electrax.data.templates import check_template
 from electrax.experiment.examples import ExamplesConfig
 from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE
+from electrax.models.attention import GPU_ATTENTION
 from electrax.models.heads import HeadStyle
 from electrax.models.sizes import GeneratorConfig, ModelConfig
 from electrax.storage import on_this_machine, path_of
@@ -270,7 +271,7 @@ def computed_in(config: AnyConfig, compute_dtype: str | None) -> AnyConfig:
     if compute_dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"compute_dtype: expected float32 or bfloat16, not {compute_dtype!r}")
     changes = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
-    if config.model.attention == "cudnn" and (jax.default_backend() != "gpu" or compute_dtype == "float32"):
+    if config.model.attention in GPU_ATTENTION and (jax.default_backend() != "gpu" or compute_dtype == "float32"):
         changes["attention"] = "plain"
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 

@@ -14,6 +14,7 @@ from electrax.config import AnyPath, UserError, build, read_toml, to_toml
 from electrax.convert.weights import read_tree
 from electrax.data.outside import read_object
 from electrax.data.tokenizer import Tokenizer
+from electrax.models.attention import GPU_ATTENTION
 from electrax.storage import make_folder, on_this_machine, path_of, write_atomically
 from electrax.tasks.base import Batch, Params, Task
 from electrax.training.checkpoint import Checkpoints, find_damage, restore_newest_params, tokenizer_hash
@@ -217,8 +218,12 @@ def mesh_for(config: Any) -> Mesh:
     """The mesh of a config. Raises UserError where the batch does not divide over it, or it has not the attention."""
     mesh = make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
-    if config.model.attention == "cudnn" and platform != "gpu":
-        raise UserError(f"model.attention cudnn needs an NVIDIA GPU, not a {platform}; expected plain or xla")
+    for key, of_gpu, instead in (("attention", GPU_ATTENTION, "plain or xla"), ("residual", ("fused",), "plain")):
+        value = getattr(config.model, key)
+        if value in of_gpu and platform != "gpu":
+            raise UserError(f"model.{key} {value} needs an NVIDIA GPU, not a {platform}; expected {instead}")
+        if value == "fused" and config.mesh.model > 1:
+            raise UserError(f"model.{key} fused computes whole layers; expected mesh.model 1, or {instead}")
     ways = row_ways(mesh)
     if config.batch_size % ways:
         larger = math.ceil(config.batch_size / ways) * ways

@@ -1,6 +1,7 @@
 """Scaled dot-product attention, multi-head attention to the same text and to another, and what decoding keeps of it."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -10,10 +11,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from electrax.models.dropout import Seed, dropout
+from electrax.models.fused_attention import SMALLEST, fused_attention, is_fused
 from electrax.models.linear import Linear
 from electrax.models.products import activation_dtype, product
 
-Implementation = Literal["plain", "xla", "cudnn"]
+Implementation = Literal["plain", "xla", "cudnn", "fused"]
+# what a GPU alone has, and in bfloat16 alone, with the widths of a head that it takes
+GPU_ATTENTION: dict[Implementation, tuple[str, Callable[[int], bool]]] = {
+    "cudnn": ("a multiple of 8", lambda width: width % 8 == 0),
+    "fused": ("16 or a larger power of two", lambda width: is_fused(SMALLEST, width)),
+}
 Mask = Bool[Array, "B 1 Q L"]  # True = attend; Q is 1 when every query of a row sees the same keys
 MemoryMask = Bool[Array, "B 1 1 S"]
 
@@ -39,10 +46,10 @@ def dot_product_attention(
     """softmax(q kᵀ / √K + mask) v, with the softmax in float32 and the products in `dtype`.
 
     A masked key gets a weight of exactly 0 (the reference adds -10000, which underflows to the same 0). A query that
-    may attend to nothing returns an unspecified finite value. Dropout on the weights always takes the plain path, the
-    only one that has it.
+    may attend to nothing returns an unspecified finite value. Dropout on the weights takes the plain path, as
+    does what is `fused` in SelfAttention.
     """
-    if implementation != "plain" and (seed is None or dropout_rate == 0.0):
+    if implementation in ("xla", "cudnn") and (seed is None or dropout_rate == 0.0):
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
         operands = (x.astype(dtype) for x in (q, k, v))
         mixed = jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation)
@@ -75,7 +82,7 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused product for queries, keys and values: [B, T, D] -> [B, T, D].
 
     With a `cache` of L places the T tokens are those at the places from `start` on: their keys and values are written
-    there, and they read all L places as `mask` allows.
+    there, and they read all L places as `mask` allows. `fused` is for training: it applies where there is a `seed`.
     """
 
     heads: int
@@ -102,12 +109,17 @@ class SelfAttention(nn.Module):
         linear = functools.partial(Linear, use_bias=self.use_bias, dtype=self.dtype)
         # heads come first, so that a mesh can divide them while queries, keys and values stay one product
         qkv = linear((self.heads, 3, width // self.heads), kernel_init=self.kernel_init, name="qkv")(x)
+        output = linear(width, inputs=2, kernel_init=self.output_init, name="output")
         q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         if self.qk_norm:
             q = nn.RMSNorm(dtype=activation_dtype(self.dtype), name="query_norm")(q)
             k = nn.RMSNorm(dtype=activation_dtype(self.dtype), name="key_norm")(k)
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
+        if self.implementation == "fused" and seed is not None and cache is None and is_fused(*q.shape[1::2]):
+            if self.qk_norm or self.rotary:
+                qkv = jnp.stack([q, k, v], axis=3)
+            return output(fused_attention(qkv, mask, seed, self.dropout_rate)), None
         if cache is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             cache = KeyValues(write(cache.keys, k), write(cache.values, v))
@@ -116,7 +128,7 @@ class SelfAttention(nn.Module):
         implementation = "plain" if self.is_initializing() else self.implementation
         choices = {"implementation": implementation, "dropout_rate": self.dropout_rate, "dtype": self.dtype}
         mixed = dot_product_attention(q, k, v, mask, seed=seed, **choices)
-        return linear(width, inputs=2, kernel_init=self.output_init, name="output")(mixed), cache
+        return output(mixed), cache
 
 
 class CrossAttention(nn.Module):

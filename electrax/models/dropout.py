@@ -8,7 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 Seed = UInt32[Array, "B"]
 
@@ -29,7 +29,11 @@ def dropout(x: Float[Array, "B ..."], rate: float, seed: Seed | None) -> Float[A
     """Zeroes each unit with probability `rate` and scales the rest by 1 / (1 - rate); identity if `seed` is None."""
     if seed is None or rate == 0.0:
         return x
-    counter = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(1, *x.shape[1:])
-    bits = _mix(seed.reshape(-1, *[1] * (x.ndim - 1)) + counter * jnp.uint32(0x9E3779B9))
-    keep = bits >= jnp.uint32(round(rate * 2**32))
+    place = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(1, *x.shape[1:])
+    keep = is_kept(seed.reshape(-1, *[1] * (x.ndim - 1)), place, rate)
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def is_kept(seed: UInt32[Array, "..."], place: UInt32[Array, "..."], rate: float) -> Bool[Array, "..."]:
+    """Whether dropout leaves the unit at a place, counted through its row."""
+    return _mix(seed + place * jnp.uint32(0x9E3779B9)) >= jnp.uint32(round(rate * 2**32))

@@ -11,8 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from electrax.models.attention import CrossAttention, Implementation, KeyValues, Mask, MemoryMask, SelfAttention
+from electrax.models.attention import (
+    GPU_ATTENTION,
+    CrossAttention,
+    Implementation,
+    KeyValues,
+    Mask,
+    MemoryMask,
+    SelfAttention,
+)
 from electrax.models.dropout import Seed, dropout, fold
+from electrax.models.fused_norm import NormOfSum, fits_norm
 from electrax.models.linear import Linear
 from electrax.models.lookup import LookupGradient, lookup
 from electrax.models.products import activation_dtype
@@ -60,6 +69,7 @@ class EncoderConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     attention: Implementation = "plain"
+    residual: Literal["plain", "fused"] = "plain"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     lookup_gradient: LookupGradient = "auto"
     scan_layers: bool | None = None
@@ -71,11 +81,15 @@ class EncoderConfig:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
         if self.traits.rotary and self.width // self.heads % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.width // self.heads}")
-        if self.attention == "cudnn" and (self.compute_dtype != "bfloat16" or self.width // self.heads % 8):
-            raise ValueError(
-                "attention cudnn needs compute_dtype bfloat16 and heads whose width is a multiple of 8, not "
-                f"{self.compute_dtype} and {self.width // self.heads}"
-            )
+        if self.attention in GPU_ATTENTION:
+            (wanted, fits), width = GPU_ATTENTION[self.attention], self.width // self.heads
+            if self.compute_dtype != "bfloat16" or not fits(width):
+                raise ValueError(
+                    f"attention {self.attention} needs compute_dtype bfloat16 and heads whose width is {wanted}, not "
+                    f"{self.compute_dtype} and {width}"
+                )
+        if self.residual == "fused" and self.traits.pre_norm:
+            raise ValueError(f"residual fused needs a norm after each sum, which the body {self.body} has not")
         if self.traits.bare and self.embedding_width != self.width:
             raise ValueError(f"the body {self.body} has embeddings as wide as its states, {self.width}")
 
@@ -232,10 +246,12 @@ class Block(nn.Module):
 
         def add(x, part, norm: str, site: int):
             """x + part(x), normalised before the part (pre-norm) or after the sum (post-norm)."""
-            norm = c.norm(norm)
+            own = fold(seed, site)
             if c.traits.pre_norm:
-                return x + dropout(part(norm(x)), c.dropout, fold(seed, site))
-            return norm(x + dropout(part(x), c.dropout, fold(seed, site)))
+                return x + dropout(part(c.norm(norm)(x)), c.dropout, own)
+            if c.residual == "fused" and own is not None and fits_norm(*x.shape[1:]):
+                return NormOfSum(c.traits.epsilon, c.dropout, name=norm)(x, part(x), own)
+            return c.norm(norm)(x + dropout(part(x), c.dropout, own))
 
         x = add(x, attend, "attention_norm", 1)
         if memory is not None:

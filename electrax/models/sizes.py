@@ -44,7 +44,9 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of queries and keys
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    attention: Implementation = "plain"  # xla and cudnn: jax.nn.dot_product_attention's, without attention dropout
+    # fused: a GPU kernel, for training; xla and cudnn: jax.nn.dot_product_attention's, without attention dropout
+    attention: Implementation = "plain"
+    residual: Literal["plain", "fused"] = "plain"  # dropout, sum and norm of body electra; fused: a GPU kernel, too
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights and losses are float32
     lookup_gradient: LookupGradient = "auto"  # of the word table: scatter, or sums within a row first (auto: on CUDA)
     scan_layers: bool | None = None  # compiles one layer instead of all, slower to run; None: where they are over 12
@@ -87,6 +89,7 @@ def discriminator_shape(model: ModelConfig, vocab_size: int) -> EncoderConfig:
         dropout=model.dropout,
         attention_dropout=model.attention_dropout,
         attention=model.attention,
+        residual=model.residual,
         compute_dtype=model.compute_dtype,
         lookup_gradient=model.lookup_gradient,
         scan_layers=model.scan_layers,

@@ -22,7 +22,7 @@ from electrax.models.sizes import GeneratorKind
 from electrax.tasks import corruption
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 from electrax.tasks.metrics import area_under_curve
-from electrax.tasks.vocabulary import by_rows, devices_of_tensors, is_largest
+from electrax.tasks.vocabulary import by_rows, cross_entropy, devices_of_tensors, is_largest
 
 EPSILON = 1e-6  # the reference adds it to every denominator
 MOST_LOGITS = 2**28  # of a device, held at once: 1 GiB
@@ -245,7 +245,7 @@ class PretrainTask:
             if self.predicts_all:
                 at_slots, target = jnp.take_along_axis(logits, rows["slots"][..., None], axis=1), rows["ids"]
             found = {
-                "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, target),
+                "cross_entropy": cross_entropy(logits, target),
                 "is_largest": is_largest(logits, target),
                 "is_largest_at_slots": is_largest(at_slots, original),
             }
@@ -283,7 +283,7 @@ class PretrainTask:
     def _noise_log_odds(self, logits: Float[Array, "B L V"], corrupted: Int[Array, "B L"]) -> Float[Array, "B L"]:
         """log q(x) + log(p / (1 - p)) of the token x that stands at each place, where q is what the generator gives it
         and p is mask_prob: what Electric's discriminator need not learn. No gradient passes."""
-        log_q = -optax.softmax_cross_entropy_with_integer_labels(jax.lax.stop_gradient(logits), corrupted)
+        log_q = -cross_entropy(jax.lax.stop_gradient(logits), corrupted)
         return log_q + math.log(self.objective.mask_prob / (1 - self.objective.mask_prob))
 
     def _discriminate(self, params: Params, corrupted, prepared: Batch, context, train: bool) -> Float[Array, "B L"]:

@@ -1,6 +1,7 @@
 """AdamW, clipping and learning-rate schedules, the reference's and the standard ones (reference: optimization.py)."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -90,9 +91,36 @@ def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Euclidean norm of all numbers of a tree of parameters. Vectors that are in every layer are put together first: on
+    a GPU each of the hundreds would be a kernel of its own."""
+    alike, squares = defaultdict(list), []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if leaf.ndim > 1:
+            squares.append(jnp.sum(jnp.square(leaf)))
+        else:
+            name = tuple("" if name.startswith("layer_") else name for name in names_of(path))
+            alike[name, leaf.shape].append(leaf)
+    return jnp.sqrt(sum([*squares, *(jnp.sum(jnp.square(jnp.stack(leaves))) for leaves in alike.values())]))
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Shrinks what is longer than the limit to it, as optax's does."""
+
+    def update(updates, state, params=None):
+        norm = global_norm(updates)
+        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def names_of(path: tuple) -> list[str]:
+    return [str(getattr(key, "key", key)) for key in path]
+
+
 def is_decayed(path: tuple, leaf: Any) -> bool:
     """Everything but biases and norms; embedding and position tables are decayed, the output bias is not."""
-    names = [str(getattr(key, "key", key)) for key in path]
+    names = names_of(path)
     return not any("norm" in name or "bias" in name for name in names)
 
 
@@ -102,7 +130,7 @@ def layer_multiplier(path: tuple, layers: int, decay: float, faithful: bool = Fa
     `top` is layers + 1. The reference's is layers + 2, since it counts a pooler that it does not have, so that its top
     layer gets decay² of the head's rate (google-research/electra#51).
     """
-    names = [str(getattr(key, "key", key)) for key in path]
+    names = names_of(path)
     top = layers + 2 if faithful else layers + 1
     layer = next((int(name.removeprefix("layer_")) for name in names if name.startswith("layer_")), None)
     if layer is not None:
@@ -141,10 +169,10 @@ def make_optimizer(
     Parameters whose path `is_frozen` stay as they are."""
 
     def frozen(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: is_frozen(tuple(str(k.key) for k in path)), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_frozen(tuple(names_of(path))), params)
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         scale_by_adam(config),
         optax.add_decayed_weights(
             config.weight_decay, mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)

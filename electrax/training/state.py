@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from electrax.config import UserError
 from electrax.models.flops import peak_flops
 from electrax.tasks.base import Batch, Mean, Metrics, Params, Task
+from electrax.training.optim import global_norm
 from electrax.training.sharding import BATCH_AXES, batch_sharding, like_params, over_rows, params_sharding, row_ways
 
 MOST_TOGETHER = 32  # steps in a call
@@ -224,7 +225,7 @@ def make_step(
         grads, loss, metrics = gradients(task, state.params, prepared, mesh, part)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            norm = optax.tree.norm(grads)
+            norm = global_norm(grads)
             metrics = metrics | {"gradient_norm": Mean(norm, jnp.ones(()))}
             # an update from a loss or gradient that is not finite would never be undone
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)

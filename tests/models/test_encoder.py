@@ -226,8 +226,15 @@ def test_the_cut_of_the_normal_is_not_corrected_for():
     assert np.abs(values).max() <= 0.04
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"heads": 3}, "16 .* 3 heads"), ({"heads": 16}, "even head width")])
-def test_heads_that_do_not_fit_are_an_error(wrong, message):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"heads": 3}, "16 .* 3 heads"),
+        ({"heads": 16}, "even head width"),
+        ({"residual": "fused"}, "residual fused .* the body modern has not"),
+    ],
+)
+def test_what_does_not_fit_a_body_is_an_error(wrong, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(MODERN, **wrong)
 
@@ -356,6 +363,17 @@ def test_every_way_to_compute_the_layers_gives_the_plain_ones_results_dropout_on
     plain = value_and_grads(config, params)
     other = value_and_grads(dataclasses.replace(config, **changes), params)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_fused_residual_gives_the_plain_ones_results_dropout_on(monkeypatch):
+    """Rows of 16 tokens, which the kernels take, of two documents each."""
+    rows = jnp.tile(jnp.array([[CLS, 7, 8, 9, SEP, CLS, 5, 6]]), (2, 2)).at[1, 3].set(4)
+    monkeypatch.setattr("tests.models.test_encoder.IDS", rows)
+    config, params = dataclasses.replace(TINY, width=32), random_params(shapes_of(dataclasses.replace(TINY, width=32)))
+    plain = value_and_grads(config, params)
+    fused = value_and_grads(dataclasses.replace(config, residual="fused"), params)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 

@@ -204,15 +204,18 @@ def test_matrix_flops_of_a_token_are_those_worked_out_by_hand(size, length, slot
     assert found == pytest.approx({"small": 70.2, "base": 668.4, "large": 2169.8}[size], rel=1e-3)
 
 
-def test_cudnn_attention_is_refused_for_a_type_or_a_width_that_it_has_not():
+def test_attention_of_a_gpu_is_refused_for_a_type_or_a_width_that_it_has_not():
     assert discriminator_shape(ModelConfig(attention="cudnn", compute_dtype="bfloat16"), VOCABULARY).heads == 4
     with pytest.raises(UserError, match=r"\[model\] attention cudnn needs .*, not float32 and 64"):
         discriminator_shape(ModelConfig(attention="cudnn"), VOCABULARY)
     with pytest.raises(UserError, match="not bfloat16 and 4"):
         discriminator_shape(ModelConfig(attention="cudnn", compute_dtype="bfloat16", width=16, heads=4), VOCABULARY)
+    with pytest.raises(UserError, match=r"fused needs .* 16 or a larger power of two, not bfloat16 and 48"):
+        discriminator_shape(ModelConfig(attention="fused", compute_dtype="bfloat16", width=96, heads=2), VOCABULARY)
 
 
-def test_a_model_trained_with_cudnn_attention_computes_without_it_where_there_is_none():
-    trained = PretrainConfig(workdir="w", steps=1, model=ModelConfig(attention="cudnn", compute_dtype="bfloat16"))
+@pytest.mark.parametrize("attention", ["cudnn", "fused"])
+def test_a_model_trained_with_attention_of_a_gpu_computes_without_it_where_there_is_none(attention):
+    trained = PretrainConfig(workdir="w", steps=1, model=ModelConfig(attention=attention, compute_dtype="bfloat16"))
     assert computed_in(trained, None).model == ModelConfig(compute_dtype="bfloat16")
     assert computed_in(trained, "float32").model == ModelConfig()

@@ -11,6 +11,7 @@ from electrax.models.encoder import EncoderConfig
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
 from electrax.training.optim import (
     OptimizerConfig,
+    global_norm,
     is_decayed,
     layer_multiplier,
     learning_rate,
@@ -204,6 +205,16 @@ def test_gradients_are_clipped_by_their_global_norm_before_adam():
     np.testing.assert_allclose(small["a"], [0.06], rtol=1e-6)  # a norm below 1 stays
     unclipped = first_moment(OptimizerConfig(clip_norm=0.0), grads)
     np.testing.assert_allclose(unclipped["b"], 0.4, rtol=1e-6)
+
+
+def test_the_global_norm_is_over_all_numbers_of_all_layers():
+    layer = {"kernel": jnp.array([[2.0, 4.0]]), "bias": jnp.array([4.0, 2.0])}  # squares add up to 40
+    tree = {
+        "encoder": {"layer_0": layer, "layer_1": layer, "final_norm": {"scale": jnp.array([3.0, 0.0])}},
+        "decoder": {"layer_0": {"bias": jnp.array([1.0])}},
+        "temperature": jnp.array(-1.0),
+    }
+    np.testing.assert_allclose(global_norm(tree), np.sqrt(2 * 40 + 9 + 1 + 1), rtol=1e-6)
 
 
 STANDARD = OptimizerConfig(
