@@ -71,6 +71,10 @@ def labelled(folder):
     (folder / "topics.csv").write_text(table(("text", "topics"), *topics, separator=","))
     quiz = [(f"is it {i}", "yes", "no", str(i % 2)) for i in range(40)]
     (folder / "quiz.csv").write_text(table(("question", "first", "second", "right"), *quiz, separator=","))
+    tagged = [{"words": ["Ann", "saw", f"Tom{i}"], "tags": ["B-PER", "O", "B-PER"]} for i in range(40)]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
+    faq = [(f"when {i}", f"it opens at {i} sharp", f"at {i}") for i in range(40)]
+    (folder / "faq.csv").write_text(table(("question", "context", "answer"), *faq, separator=","))
     for split in ("train", "val", "test"):
         for ending, word in (("en", "cat"), ("de", "Katze")):
             write(folder / "captions" / f"{split}.{ending}", "".join(f"{word} {i}\n" for i in range(20)))
@@ -106,6 +110,7 @@ def options(name: str, arguments: list[str]) -> list[str]:
             return ["--steps=2", "--batch_size=8", "--decoder.max_length=8", "--data.max_length=32", "--data.shapes=1"]
         sizes = [] if "--init_from" in arguments else ["--model.layers=1", "--model.width=32", "--model.heads=2"]
         seeds = ["--seeds=2"] if "--seeds" in arguments else []
+        sizes += ["--data.max_query=8", "--data.doc_stride=8"] if "answer" in arguments else []
         return ["--steps=2", "--batch_size=8", "--data.max_length=32", "--data.shapes=1", *sizes, *seeds]
     return ["--vocab_size=120"] if name == "prepare" else []
 

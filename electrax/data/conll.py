@@ -15,6 +15,13 @@ Word = tuple[str, str]  # with its tag, "" where none is wanted
 def read_conll(
     path: str | os.PathLike, bad: BadRows, word_column: int = 0, tag_column: int | None = -1
 ) -> list[TaggedExample]:
+    """The sentences of `iter_conll`, with its bad rows added to `bad`."""
+    return collect(iter_conll(path, word_column, tag_column), bad, path)
+
+
+def iter_conll(
+    path: str | os.PathLike, word_column: int = 0, tag_column: int | None = -1
+) -> Iterator[TaggedExample | BadRow]:
     """Words a line, with tabs or spaces between the columns; blank lines end sentences, -DOCSTART- is left out.
 
     Columns count from 0, or from the last with -1; without a `tag_column` the sentences have no tags. A line with
@@ -36,10 +43,15 @@ def read_conll(
             return Fault("ragged row", f"expected {width} columns, found {len(cells)}")
         return cells[word_column].strip(), cells[tag_column].strip() if tag_column is not None else ""
 
-    return collect(_sentences(name, parse, tag_column is not None, id_comment=""), bad, path)
+    return _sentences(name, parse, tag_column is not None, id_comment="")
 
 
 def read_conllu(path: str | os.PathLike, bad: BadRows, column: str | None = "upos") -> list[TaggedExample]:
+    """The sentences of `iter_conllu`, with its bad rows added to `bad`."""
+    return collect(iter_conllu(path, column), bad, path)
+
+
+def iter_conllu(path: str | os.PathLike, column: str | None = "upos") -> Iterator[TaggedExample | BadRow]:
     """CoNLL-U: the syntactic words, tagged with a column of CONLLU (none: no tags); `sent_id` is the id.
 
     Multiword tokens (1-2) and empty nodes (8.1) are left out.
@@ -61,8 +73,7 @@ def read_conllu(path: str | os.PathLike, bad: BadRows, column: str | None = "upo
         tag = cells[CONLLU.index(column)].strip() if column else ""
         return cells[1].strip(), "" if tag == "_" and column in NEVER_EMPTY else tag
 
-    sentences = _sentences(os.fspath(path), parse, column is not None, id_comment="# sent_id = ")
-    return collect(sentences, bad, path)
+    return _sentences(os.fspath(path), parse, column is not None, id_comment="# sent_id = ")
 
 
 def _sentences(

@@ -109,14 +109,15 @@ def _squad_question(where: str, qa: dict[str, Any], context: Any, answers: bool)
     if not isinstance(written, list) or bool(written) == example.impossible:
         expected = "no answers to an impossible question" if example.impossible else "a list of answers"
         return Fault("answer", f"expected {expected}, found {short(written)}")
-    found = [_squad_answer(answer, context) for answer in written]
+    found = [squad_answer(answer, context) for answer in written]
     fault = next((answer for answer in found if isinstance(answer, Fault)), None)
     return fault or QuestionExample(
         where, example.id, example.question, context, tuple(found), impossible=example.impossible
     )
 
 
-def _squad_answer(answer: Any, context: str) -> Answer | Fault:
+def squad_answer(answer: Any, context: str) -> Answer | Fault:
+    """Of a {"text": …, "answer_start": …}."""
     text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, dict) else (None, None)
     if not isinstance(text, str) or not text.strip() or type(start) is not int:
         return Fault("answer", f"expected an answer with 'text' and 'answer_start', found {short(answer)}")

@@ -1,42 +1,28 @@
-"""Texts and labels from the columns of CSV, TSV, JSON-lines and Parquet files, plain lines and TFDS datasets."""
+"""Texts with labels, words with tags, and questions with answers, from the columns of a table (data/records.py)."""
 
-import collections
-import csv
-import difflib
+import itertools
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from electrax.config import UserError
 from electrax.data.examples import (
-    MAX_LINE_BYTES,
+    Answer,
     BadRow,
     BadRows,
     Fault,
-    Line,
+    QuestionExample,
     TaggedExample,
     TextExample,
     collect,
-    read_lines,
     short,
     text_fault,
 )
-from electrax.data.outside import parse_json
-from electrax.data.readers import COMPRESSED, TFDS_PREFIX, find_sources
-
-KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
-DOCUMENT = re.compile(r"\[\s*(\{|$)|\{$")  # how JSON begins that is one value, not one a line
-NO_OBJECT = 100  # lines without one are no JSON lines
-OPENING = re.compile(r'(^|\t)"')
-DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}
-
-Records = Iterator[tuple[str, dict[str, Any] | Fault]]  # (where, columns -> value or what is wrong with the row)
+from electrax.data.records import missing_column, read_records
+from electrax.data.squad import squad_answer
 
 
 def read_table(
@@ -61,60 +47,108 @@ def iter_table(
 ) -> Iterator[TextExample | BadRow]:
     """The rows in order, in bounded memory. What is wrong with the file as a whole is a UserError.
 
-    `text` names one column, a pair, or a context and its choices; an empty `label` stands for no labels. Where all
-    names are numbers, a .csv or .tsv file has no header and they count its columns from 0. A JSON or Parquet list is
-    multi-label, and so is every label with a `label_separator`, at which it is split. Labels lose the white space
-    around them. A list of sentences is one text. A .txt file holds one text a line. `tfds:NAME[/split]` is looked for
-    in `tfds_dir`.
+    `text` names one column, a pair, or a context and its choices; an empty `label` stands for no labels. A JSON or
+    Parquet list is multi-label, and so is every label with a `label_separator`, at which it is split. Labels lose the
+    white space around them. A list of sentences is one text. Of files and columns see `read_records`.
     """
     columns = [*text, label] if label else list(text)
-    for where, record in _records(os.fspath(path), columns, bool(label), tfds_dir):
+    for where, record in read_records(os.fspath(path), columns, bool(label), tfds_dir):
         made = record if isinstance(record, Fault) else _example(where, record, text, label, label_separator)
         yield BadRow(where, *made) if isinstance(made, Fault) else made
 
 
-def iter_words(path: str | os.PathLike, column: str) -> Iterator[TaggedExample | BadRow]:
-    """The sentences of a column, as `iter_table` reads it: the words of a list, or a text cut at white space."""
-    for where, record in _records(os.fspath(path), [column], False, None):
-        made = record if isinstance(record, Fault) else _sentence(where, record, column)
+def read_tagged(
+    path: str | os.PathLike, words: str, tags: str, bad: BadRows, tfds_dir: str | None = None
+) -> list[TaggedExample]:
+    """The sentences of a table with their tags; see `iter_words`."""
+    return collect(iter_words(path, words, tags, tfds_dir), bad, path)
+
+
+def iter_words(
+    path: str | os.PathLike, words: str, tags: str = "", tfds_dir: str | None = None
+) -> Iterator[TaggedExample | BadRow]:
+    """A sentence a row: the words of a list, or a text cut at white space, and likewise a tag for each of them."""
+    columns = [words, tags] if tags else [words]
+    for where, record in read_records(os.fspath(path), columns, bool(tags), tfds_dir):
+        made = record if isinstance(record, Fault) else _sentence(where, record, words, tags)
         yield BadRow(where, *made) if isinstance(made, Fault) else made
 
 
-def _records(path: str, columns: list[str], labelled: bool, tfds_dir: str | None) -> Records:
-    if not columns:
-        raise UserError(f"{path}: expected the name of at least one text column")
-    if path.startswith(TFDS_PREFIX):
-        return _tfds_records(path, columns, tfds_dir)
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSED]
-    match suffixes[-1].lower() if suffixes else "":
-        case ".csv":
-            return _csv_records(path, columns, ",")
-        case ".tsv":
-            return _csv_records(path, columns, "\t")
-        case ".jsonl" | ".json":
-            return _json_records(path)
-        case ".parquet":
-            return _parquet_records(path, columns)
-        case ".txt":
-            if len(columns) > 1 or labelled:
-                raise UserError(f"{path}: a .txt file holds one text a line and no labels; expected another kind of "
-                                f"file for the columns {', '.join(columns)}")  # fmt: skip
-            return _text_records(path, columns[0])
-    raise UserError(f"{path}: expected a name that ends in {', '.join(KINDS)}, or tfds:NAME")
+def read_questions(
+    path: str | os.PathLike, text: tuple[str, str], answers: str, bad: BadRows, tfds_dir: str | None = None
+) -> list[QuestionExample]:
+    """A question on a context a row, from the two columns `text`, with its answers.
+
+    An answer is a text, which stands in the context (where it does so more than once, the first time is meant), or
+    comes with its place as in SQuAD: {"text": …, "answer_start": …}, a list of these, or one with lists. Nothing, or an
+    empty list or text, says that there is no answer. Rows are numbered from 1.
+    """
+    return collect(_questions(os.fspath(path), text, answers, tfds_dir), bad, path)
+
+
+def _questions(path: str, text: tuple[str, str], answers: str, tfds_dir: str | None):
+    records = read_records(path, [*text, answers], True, tfds_dir)
+    for number, (where, record) in enumerate(records, 1):
+        made = record if isinstance(record, Fault) else _question(where, str(number), record, text, answers)
+        yield BadRow(where, *made) if isinstance(made, Fault) else made
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------
 
 
-def _sentence(where: str, record: dict[str, Any], column: str) -> TaggedExample | Fault:
+def _sentence(where: str, record: dict[str, Any], column: str, tag_column: str) -> TaggedExample | Fault:
+    words = _words(where, record, column)
+    if isinstance(words, Fault) or not tag_column:
+        return words if isinstance(words, Fault) else TaggedExample(where, words, None)
+    if tag_column not in record:
+        return Fault("missing column", missing_column(tag_column, list(record)))
+    tags = _plain(record[tag_column])
+    tags = tuple(map(_label, tags if isinstance(tags, list) else str(tags or "").split()))
+    if None in tags or len(tags) != len(words):
+        found = "something else" if None in tags else str(len(tags))
+        return Fault("label", f"expected {len(words)} tags in column {tag_column!r}, one a word, found {found}")
+    return TaggedExample(where, words, tags)
+
+
+def _words(where: str, record: dict[str, Any], column: str) -> tuple[str, ...] | Fault:
     if not isinstance(record.get(column), (list, np.ndarray)):
         made = _example(where, record, (column,), "", "")
-        return made if isinstance(made, Fault) else TaggedExample(where, tuple(made.texts[0].split()), None)
+        return made if isinstance(made, Fault) else tuple(made.texts[0].split())
     words = [_example(where, {column: word}, (column,), "", "") for word in record[column]]
     fault = next((word for word in words if isinstance(word, Fault)), None)
     if not words:
         fault = Fault("empty text", f"expected words in column {column!r}, found none")
-    return fault or TaggedExample(where, tuple(word.texts[0] for word in words), None)
+    return fault or tuple(word.texts[0] for word in words)
+
+
+def _question(
+    where: str, id: str, record: dict[str, Any], text: tuple[str, str], column: str
+) -> QuestionExample | Fault:
+    made = _example(where, record, text, "", "")
+    if isinstance(made, Fault):
+        return made
+    if column not in record:
+        return Fault("missing column", missing_column(column, list(record)))
+    question, context = made.texts
+    written = _plain(record[column])
+    if isinstance(written, dict):
+        parts = [written.get(key) for key in ("text", "answer_start")]
+        parts = [part if isinstance(part, list) else [part] for part in parts]
+        written = [dict(zip(("text", "answer_start"), pair, strict=False)) for pair in itertools.zip_longest(*parts)]
+    elif not isinstance(written, list):
+        written = [] if written in (None, "") else [written]
+    found = [_answer(answer, context) for answer in written]
+    fault = next((answer for answer in found if isinstance(answer, Fault)), None)
+    return fault or QuestionExample(where, id, question, context, tuple(found), impossible=not found)
+
+
+def _answer(written: Any, context: str) -> Answer | Fault:
+    if not isinstance(written, str):
+        return squad_answer(written, context)
+    text = written.strip()
+    if not text or text not in context:
+        return Fault("answer", f"expected an answer that stands in its context, found {short(written)}")
+    return Answer(text, context.index(text))
 
 
 def _example(
@@ -122,7 +156,7 @@ def _example(
 ) -> TextExample | Fault:
     for name in [*text, label] if label else text:
         if name not in record:
-            return Fault("missing column", _missing(name, list(record)))
+            return Fault("missing column", missing_column(name, list(record)))
     try:
         texts = [_joined(_plain(record[name])) for name in text]
         value = _label(_plain(record[label]), separator) if label else None
@@ -142,7 +176,7 @@ def _joined(value: Any) -> Any:
     return " ".join(value) if is_sentences else value
 
 
-def _label(value: Any, separator: str) -> str | tuple[str, ...] | None:
+def _label(value: Any, separator: str = "") -> str | tuple[str, ...] | None:
     """None where there is no label, or a value that cannot be one. No label at all is a set of labels too."""
     if isinstance(value, (list, tuple)):
         labels = [_label(item, "") for item in value]
@@ -164,219 +198,6 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _missing(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    shown = ", ".join(map(short, names[:20])) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
-    return f"no column {name!r}; {hint}its columns are {shown or 'none'}"
-
-
-# -- separated values --------------------------------------------------------------------------------------------------
-
-
-def _csv_records(path: str, columns: list[str], delimiter: str) -> Records:
-    rows = _tab_cells(path) if delimiter == "\t" else _cells(path, delimiter)
-    width, places = 0, {}
-    if all(name.isdigit() for name in columns):
-        places = {name: int(name) for name in columns}
-    else:
-        first, _, header = next(rows, (0, 0, []))
-        if isinstance(header, Fault):
-            raise UserError(f"{path}, line {first}: {header.message}")
-        width, places = len(header), _places(path, columns, header, delimiter)
-    for first, last, cells in rows:
-        where = f"{path}, line {first}"
-        if not width and isinstance(cells, list):  # the first row of a file without a header
-            width = len(cells)
-            if max(places.values()) >= width:
-                raise UserError(f"{where}: expected at least {max(places.values()) + 1} columns, found {width}")
-        if isinstance(cells, list) and len(cells) != width:
-            lines = f" in lines {first} to {last} (quotation marks?)" if last > first else ""
-            cells = Fault("ragged row", f"expected {width} cells, found {len(cells)}{lines}")
-        yield where, cells if isinstance(cells, Fault) else {name: cells[place] for name, place in places.items()}
-
-
-def _places(path: str, columns: list[str], header: list[str], delimiter: str) -> dict[str, int]:
-    if not header:
-        raise UserError(f"{path}: expected a header with the columns {', '.join(columns)}, found an empty file")
-    for name in columns:
-        if header.count(name) > 1:
-            raise UserError(f"{path}: expected one column {name!r}, found {header.count(name)}")
-        if name not in header:
-            others = [words for other, words in DELIMITERS.items() if other != delimiter and other in header[0]]
-            hint = f" (cells here are told apart by {DELIMITERS[delimiter]}; these by {others[0]}?)" if others else ""
-            raise UserError(f"{path}: {_missing(name, header)}{hint if len(header) == 1 else ''}")
-    return {name: header.index(name) for name in columns}
-
-
-def _tab_cells(path: str) -> Iterator[tuple[int, int, list[str] | Fault]]:
-    """As `_cells`, but a quotation mark is text where it does not begin a cell, where none ends that cell, or where
-    each line of the quoted row has as many cells as the file has columns, and so is a row by itself."""
-    lines, ahead, width = read_lines(path), collections.deque[Line](), 0
-
-    def pull() -> Line | None:
-        return ahead.popleft() if ahead else next(lines, None)
-
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    while line := pull():
-        taken, quoted = [line], None
-        if OPENING.search(line.text) and not line.fault:
-            taken, quoted = _quoted_row(line, pull)
-        if quoted is None or (width > 1 and all(each.text.count("\t") == width - 1 for each in taken)):
-            ahead.extendleft(reversed(taken[1:]))
-            taken, text = [line], line.text.rstrip("\r\n")
-            quoted = [_unquoted(cell) for cell in text.split("\t")] if text else []
-        fault = next((each.fault for each in taken if each.fault), None)
-        if fault or quoted:
-            width = width or len(quoted)
-            yield line.number, taken[-1].number, fault or quoted
-
-
-def _quoted_row(first: Line, pull: Callable[[], Line | None]) -> tuple[list[Line], list[str] | None]:
-    """The lines that were read of a row with quoted cells, and the cells; None where those are not quoted well."""
-    taken: list[Line] = []
-
-    def feed() -> Iterator[str]:
-        size, line = 0, first
-        while line and size <= 2 * MAX_LINE_BYTES:
-            taken.append(line)
-            size += len(line.text)
-            yield line.text
-            line = pull()
-
-    try:
-        return taken, next(csv.reader(feed(), delimiter="\t", strict=True))
-    except csv.Error:
-        return taken, None
-
-
-def _unquoted(cell: str) -> str:
-    inner = cell[1:-1].replace('""', "")
-    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner else cell
-
-
-def _cells(path: str, delimiter: str) -> Iterator[tuple[int, int, list[str] | Fault]]:
-    """(first line, last line, cells) of each row that is not blank. A row with a fault in one of its lines has the
-    fault instead; a quoted cell may hold newlines."""
-    faults: list[Fault] = []
-    ended, size = False, 0
-
-    def feed() -> Iterator[str]:
-        nonlocal ended, size
-        for line in read_lines(path):
-            if line.fault:
-                faults.append(line.fault)
-            size += len(line.text)
-            if size > max(2 * MAX_LINE_BYTES, len(line.text)):  # cell after cell with line after line in each
-                raise UserError(f"{path}, line {line.number}: expected a row to end within {2 * MAX_LINE_BYTES >> 20} "
-                                "MiB (a stray quotation mark?)")  # fmt: skip
-            yield line.text
-        ended = True
-
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # the library's own limit is 128 KiB
-    reader = csv.reader(feed(), delimiter=delimiter, strict=True)
-    while True:
-        first, cells, size = reader.line_num + 1, None, 0
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if ended or "field limit" in str(error):
-                raise UserError(f"{path}, line {first}: expected a cell to end, found none that does in "
-                                f"{reader.line_num - first + 1} lines (a stray quotation mark?)") from None  # fmt: skip
-            faults.append(Fault("quotes", f"expected cells that are quoted as a whole or not at all ({error})"))
-        if faults or cells:
-            yield first, reader.line_num, faults[0] if faults else cells
-        faults.clear()
-
-
-# -- other kinds of file -----------------------------------------------------------------------------------------------
-
-
-def _text_records(path: str, column: str) -> Records:
-    for line in read_lines(path):
-        yield f"{path}, line {line.number}", line.fault or {column: line.text.rstrip("\r\n")}
-
-
-def _json_records(path: str) -> Records:
-    """A file of another kind is refused before its first record: bad lines wait for the first that looks like one."""
-    waiting: list[tuple[str, Fault]] = []
-    refusal, begun = "", False
-    for line in read_lines(path):
-        text, where = line.text.strip(), f"{path}, line {line.number}"
-        if not text and not line.fault:
-            continue
-        record = line.fault or _json_object(text)
-        found = line.fault.message if line.fault else f"expected one JSON object a line, found {short(text)}"
-        refusal = refusal or f"{where}: {found}"
-        if not begun and not line.fault and DOCUMENT.match(text):
-            raise UserError(refusal)
-        if begun or text.startswith("{"):
-            yield from waiting
-            yield where, record
-            waiting, begun = [], True
-            continue
-        waiting.append((where, record))
-        if len(waiting) == NO_OBJECT:
-            raise UserError(refusal)
-    if waiting:
-        raise UserError(refusal)
-
-
-def _json_object(text: str) -> dict[str, Any] | Fault:
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        return Fault("JSON", f"expected one JSON object a line ({error})")
-    return value if isinstance(value, dict) else Fault("JSON", f"expected a JSON object, found {short(value)}")
-
-
-def _parquet_records(path: str, columns: list[str]) -> Records:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs another library: pip install pyarrow") from None
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for name in columns:
-                if names.count(name) > 1:
-                    raise UserError(f"{path}: expected one column {name!r}, found {names.count(name)}")
-                if name not in names:
-                    raise UserError(f"{path}: {_missing(name, names)}")
-            for batch in file.iter_batches(1024, columns=list(dict.fromkeys(columns))):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{path}, row {row}", record
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file leads pyarrow into errors of many kinds
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}, after row {row}: expected a Parquet file ({reason})") from None
-
-
-def _tfds_records(path: str, columns: list[str], tfds_dir: str | None) -> Records:
-    data = find_sources((path,), tfds_dir=tfds_dir)[0]._open()
-    features = data.dataset_info.features
-    for name in columns:
-        if name not in features:
-            raise UserError(f"{path}: {_missing(name, list(features))}")
-    for number in range(len(data)):
-        record = data[number]
-        yield f"{path}, example {number}", {name: _named(features[name], record[name]) for name in columns}
-
-
-def _named(feature: Any, value: Any) -> Any:
-    """A class label's name for its number, None for TFDS's -1 (no label); any other value as it is."""
-    if not hasattr(feature, "int2str"):
-        return value
-    if np.ndim(value):
-        return [feature.int2str(int(item)) for item in value]
-    return feature.int2str(int(value)) if value >= 0 else None

@@ -183,6 +183,15 @@ class DecoderConfig:
             raise UserError(f"decoder.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
 
 
+TEXT_COLUMNS = {
+    "classify": ((1, 2), "one column, or two of a pair"),
+    "choice": (range(3, 1000), "a context and two choices or more"),
+    "tag": ((1,), "the one of the words"),
+    "answer": ((2,), "that of the question and that of the context"),
+    "rewrite": ((1,), "one"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     """A fine-tuning run. Without `init_from` the model of [model] starts from random weights."""
@@ -232,10 +241,10 @@ class FinetuneConfig:
             raise UserError(
                 "the task rewrite reads a table or parallel files, and data.text names one column or ending"
             )
-        if self.task == "classify" and self.data.format == "table":
-            texts, choice = len(self.data.text), self.head.kind == "choice"
-            if (texts < 3) if choice else texts not in (1, 2):
-                expected = "a context and two choices or more" if choice else "one column, or two of a pair"
+        if self.data.format == "table":
+            kind = "choice" if self.task == "classify" and self.head.kind == "choice" else self.task
+            texts, (wanted, expected) = len(self.data.text), TEXT_COLUMNS[kind]
+            if texts not in wanted:
                 raise UserError(f"data.text names {texts} columns; expected {expected}")
         if self.task != "classify" and (self.teacher.path or self.head.style != "linear"):
             raise UserError(f"teacher.path and head.style are for the task classify, not {self.task}")

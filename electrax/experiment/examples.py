@@ -14,8 +14,9 @@ from electrax.data.conll import read_conll, read_conllu
 from electrax.data.examples import BadRows, Example, QuestionExample, TaggedExample, TextExample, check_labels
 from electrax.data.glue import GLUE, read_glue
 from electrax.data.parallel import read_parallel
+from electrax.data.readers import TFDS_PREFIX
 from electrax.data.squad import read_mrqa, read_squad
-from electrax.data.tables import TFDS_PREFIX, read_table
+from electrax.data.tables import read_questions, read_table, read_tagged
 from electrax.storage import on_this_machine
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -39,9 +40,11 @@ class ExamplesConfig:
     augment: str = ""  # rows to train on beside them: what `electrax augment` wrote
     augment_rate: float = 1.0  # at most so many of those for each training row
     on_bad_row: Literal["error", "skip"] = "error"  # report all of them and end, or leave them out and count
-    # columns: one, two for a pair, or the context and each choice; of parallel files the ending of the source's name
+    # columns: one, two for a pair or for question and context, the context and each choice, or that of words; of
+    # parallel files the ending of the source's name
     text: tuple[str, ...] = ("text",)
-    # column, of choices with the number of the right one, counted from 0; of parallel files the ending of the target's
+    # column, of choices with the number of the right one, counted from 0, of words with their tags, of questions with
+    # their answers; of parallel files the ending of the target's
     label: str = "label"
     label_separator: str = ""  # between the labels of a row, for several labels
     word_column: int = 0  # of CoNLL files; -1 is the last
@@ -76,7 +79,7 @@ def read_examples(
     """(training examples, dev examples, bad rows), all of them read; without `train` only the dev examples.
 
     Where no dev file is named or found, the same `holdout` of the training rows is kept apart in every run, or with
-    `whole` all rows of the file are dev examples. `kind` is that of the head.
+    `whole` all rows of the file are dev examples. `kind` is that of the head, or "text", "tags" or "answers".
     """
     if not config.path:
         raise UserError("data.path is empty; it names a folder with the benchmark's files, a file, or tfds:NAME")
@@ -84,8 +87,8 @@ def read_examples(
         raise UserError(f"data.train {config.train}: {config.path} is a file; expected a folder as data.path")
     bad = BadRows(config.on_bad_row)
     dev_source = _source(config, "dev")
-    dev = _read(config, "dev", dev_source, bad) if dev_source else []
-    rows = _read(config, "train", _source(config, "train"), bad) if train or not dev_source else []
+    dev = _read(config, kind, "dev", dev_source, bad) if dev_source else []
+    rows = _read(config, kind, "train", _source(config, "train"), bad) if train or not dev_source else []
     if not dev_source:
         if len(rows) < 2:
             bad.close(config.path)
@@ -108,8 +111,8 @@ def _augmented(config: ExamplesConfig, rows: list[Example], kind: str, bad: BadR
     """Rows that a generator made of `rows`, drawn evenly. They bring no label of their own."""
     if not config.augment:
         return []
-    if config.format not in ("table", "glue"):
-        raise UserError(f"data.augment is for tables and GLUE, not for data.format {config.format}")
+    if config.format not in ("table", "glue") or kind in ("tags", "answers"):
+        raise UserError("data.augment is for texts with labels, from a table or GLUE")
     is_glue = config.format == "glue"
     text, label = (GLUE[config.glue].texts, "label") if is_glue else (config.text, config.label)
     made = read_table(config.augment, text, label, bad, config.label_separator)
@@ -211,7 +214,7 @@ def _is_there(path: pathlib.Path) -> bool:
     return any(path.with_name(path.name + suffix).is_file() for suffix in COMPRESSED)
 
 
-def _read(config: ExamplesConfig, split: str, source: str, bad: BadRows) -> list[Example]:
+def _read(config: ExamplesConfig, kind: str, split: str, source: str, bad: BadRows) -> list[Example]:
     match config.format:
         case "glue":
             return read_glue(config.path, GLUE[config.glue], source, bad)
@@ -226,7 +229,13 @@ def _read(config: ExamplesConfig, split: str, source: str, bad: BadRows) -> list
         case "parallel":
             folder, name = pathlib.Path(source).parent, pathlib.Path(source).name
             return read_parallel(*(_find(folder, f"{name}.{end}") for end in (config.text[0], config.label)), bad)
-    return read_table(source, config.text, config.label, bad, config.label_separator, tfds_dir=config.tfds_dir or None)
+    tfds_dir = config.tfds_dir or None
+    match kind:
+        case "tags":
+            return read_tagged(source, *config.text, config.label, bad, tfds_dir)
+        case "answers":
+            return read_questions(source, config.text, config.label, bad, tfds_dir)
+    return read_table(source, config.text, config.label, bad, config.label_separator, tfds_dir=tfds_dir)
 
 
 def targets_of(examples: Sequence[TextExample]) -> list[str]:

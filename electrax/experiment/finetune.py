@@ -79,8 +79,8 @@ SHAPE = ("size", "body", "layers", "width", "heads", "feed_forward", "embedding_
 # data.format of the rows that a task learns from
 FORMATS = {
     "classify": ("table", "glue"),
-    "tag": ("conll", "conllu"),
-    "answer": ("squad", "mrqa"),
+    "tag": ("conll", "conllu", "table"),
+    "answer": ("squad", "mrqa", "table"),
     "rewrite": ("table", "parallel"),
 }
 
@@ -275,7 +275,7 @@ def make_rows(
             style, threshold = config.head.spans, config.head.null_threshold
             if threshold is None:
                 threshold = known["null_threshold"] if known else NULL_THRESHOLDS[style]
-            rows = answer_rows(data, threshold, tokenizer, *examples, size)
+            rows = answer_rows(data, config.head.no_answer, threshold, tokenizer, *examples, size)
         case "rewrite":
             style = "linear"
             if known:
@@ -294,6 +294,11 @@ def _kind(config: FinetuneConfig) -> str:
     return "text" if config.task == "rewrite" else config.head.kind
 
 
+def kind_of_rows(config: FinetuneConfig) -> str:
+    """As `read_examples` wants it."""
+    return {"tag": "tags", "answer": "answers"}.get(config.task) or _kind(config)
+
+
 def check_format(config: FinetuneConfig) -> None:
     """Raises UserError for files that have no rows of the task. A model that came from elsewhere names none."""
     if config.data.format not in FORMATS[config.task]:
@@ -305,7 +310,7 @@ def check(config: FinetuneConfig) -> tuple[FinetuneConfig, Tokenizer, TaskRows, 
     """All rows and everything else, read and checked; writes nothing but, among several processes, a tokenizer."""
     config = resolve(config)
     check_format(config)
-    examples = read_examples(config.data, _kind(config))
+    examples = read_examples(config.data, kind_of_rows(config))
     tokenizer = get_tokenizer(config, examples[0])
     rows = make_rows(config, tokenizer, examples)
     return config, tokenizer, rows, make_task(config, tokenizer, rows.head, rows)
@@ -407,7 +412,7 @@ def text_columns(workdir: str | os.PathLike) -> tuple[str, ...]:
 
 
 def _text_columns(config: FinetuneConfig) -> tuple[str, ...]:
-    if config.task == "answer":
+    if config.task == "answer" and config.data.format != "table":
         return "question", "context"
     return GLUE[config.data.glue].texts if config.data.format == "glue" else config.data.text
 
@@ -418,7 +423,7 @@ def evaluate_trained(config: FinetuneConfig, step: int | None = None) -> tuple[F
     check_format(config)
     tokenizer, head = Tokenizer.load(workdir), read_head(workdir)
     whole = config.data.path != read_config(workdir).data.path
-    examples = read_examples(config.data, _kind(config), train=False, whole=whole)
+    examples = read_examples(config.data, kind_of_rows(config), train=False, whole=whole)
     rows = make_rows(config, tokenizer, examples, head)
     task = make_task(config, tokenizer, head, rows)
     step, params = trained(workdir, mesh, step)

@@ -270,6 +270,7 @@ def _tag_batches(
 
 def answer_rows(
     config: ExamplesConfig,
+    no_answer: bool,
     null_threshold: float,
     tokenizer: Tokenizer,
     train: list[QuestionExample],
@@ -281,9 +282,11 @@ def answer_rows(
     batches, windows = {}, {}
     for name, examples in {"train": train, "dev": dev}.items():
         for example in examples:
-            if not (example.impossible or example.answers):
+            if example.impossible and not no_answer:
+                bad.add(example.where, "answer", "expected an answer, or head.no_answer true, found none")
+            elif not (example.impossible or example.answers):
                 bad.add(example.where, "answer", "expected an answer to learn from or to compare with, found none")
-        examples = [example for example in examples if example.impossible or example.answers]
+        examples = [example for example in examples if example.answers or (example.impossible and no_answer)]
         made = make_windows(tokenizer, examples, config.max_length, config.doc_stride, config.max_query, keep=True)
         for row in made.bad:
             bad.add(row.where, row.kind, row.message)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from electrax.config import UserError
+from electrax.data.conll import iter_conll, iter_conllu
 from electrax.data.examples import BadRow, Fault, QuestionExample, TaggedExample, TextExample, decode_lines, text_fault
 from electrax.data.readers import COMPRESSED
 from electrax.data.squad import BadQuestion, iter_squad
@@ -32,7 +33,8 @@ Model = Classifier | Tagger | Reader | Rewriter
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
     """INPUT is a file with a text a line (.txt, or - for standard input; a tab between the texts of a pair, or between
-    question and context), a table (.csv, .tsv, .jsonl, .parquet), or for a question answerer a SQuAD file (.json)."""
+    question and context) or a table (.csv, .tsv, .jsonl, .parquet); of a question answerer also a SQuAD file (.json),
+    of a tagger one with a word a line (.conll, words in the first column, or .conllu)."""
 
     model: str  # the work directory of a fine-tuning
     input: str
@@ -127,6 +129,8 @@ def _rows(model: Model, source: str, columns: tuple[str, ...]) -> Iterator[Row]:
     if source == "-" or source.endswith(LINES):
         rows = (row if isinstance(row, BadRow) else _texts(row, len(columns)) for row in read_texts(source))
     elif isinstance(model, Tagger):
+        if source.endswith((".conll", ".conllu")):
+            return iter_conll(source, tag_column=None) if source.endswith(".conll") else iter_conllu(source, None)
         return iter_words(source, columns[0])
     else:
         rows = iter_table(source, columns)

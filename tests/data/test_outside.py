@@ -116,6 +116,6 @@ def test_a_json_file_is_read_up_to_a_limit(tmp_path, monkeypatch, peak):
 
 def test_a_row_of_csv_ends_within_a_limit_however_many_cells_go_over_lines(tmp_path, monkeypatch, peak):
     monkeypatch.setattr(examples, "MAX_LINE_BYTES", 1 << 16)
-    monkeypatch.setattr("electrax.data.tables.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("electrax.data.records.MAX_LINE_BYTES", 1 << 16)
     (tmp_path / "a.csv").write_bytes(b'"a\n' + b'b","c\n' * (1 << 20))
     assert peak(lambda: read_examples(tmp_path / "a.csv")) < 16

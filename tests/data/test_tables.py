@@ -9,8 +9,8 @@ import pytest
 
 from electrax.config import UserError
 from electrax.data import examples
-from electrax.data.examples import BadRow, BadRows
-from electrax.data.tables import iter_table, read_table
+from electrax.data.examples import Answer, BadRow, BadRows
+from electrax.data.tables import iter_table, read_questions, read_table, read_tagged
 
 
 @pytest.fixture
@@ -437,3 +437,82 @@ def test_of_many_columns_the_first_are_named(write):
     path = write("a.csv", ",".join(f"c{i}" for i in range(1000)) + "\n")
     with pytest.raises(UserError, match=r"'c18', 'c19', … \(1000 in all\)$"):
         read(path)
+
+
+# -- words with tags, and questions with answers ----------------------------------------------------------------------
+
+
+def lines_of(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_words_come_with_a_tag_each_as_lists_or_with_spaces_between_them(write):
+    bad = BadRows("error")
+    lists = write(
+        "a.jsonl", lines_of({"tokens": ["Ann", "left"], "ner": ["B-PER", "O"]}, {"tokens": ["hi"], "ner": [0]})
+    )
+    found = read_tagged(lists, "tokens", "ner", bad)
+    assert [(row.words, row.tags) for row in found] == [(("Ann", "left"), ("B-PER", "O")), (("hi",), ("0",))]
+    (row,) = read_tagged(write("a.csv", "tokens,ner\nAnn  left,B-PER O\n"), "tokens", "ner", bad)
+    assert (row.words, row.tags) == (("Ann", "left"), ("B-PER", "O"))
+    assert bad.counts == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"tokens": ["Ann", "left"], "ner": ["O"]}, "line 1: expected 2 tags in column 'ner', one a word, found 1"),
+        ({"tokens": ["Ann"], "ner": [None]}, "expected 1 tags in column 'ner', one a word, found something else"),
+        ({"tokens": [], "ner": []}, "expected words in column 'tokens', found none"),
+        ({"tokens": ["Ann", ""], "ner": ["O", "O"]}, "column 'tokens'"),
+        ({"tokens": ["Ann"], "tags": ["O"]}, "no column 'ner'"),
+    ],
+)
+def test_words_without_a_tag_each_are_a_bad_row(write, record, message):
+    bad, path = BadRows("error"), write("a.jsonl", lines_of(record))
+    assert read_tagged(path, "tokens", "ner", bad) == []
+    with pytest.raises(UserError, match=message):
+        bad.close(path)
+
+
+CONTEXT = "Ann met Ann in Rome."
+
+
+@pytest.mark.parametrize(
+    ("written", "answers"),
+    [
+        ("Ann", (Answer("Ann", 0),)),
+        ([" Rome", "in Rome"], (Answer("Rome", 15), Answer("in Rome", 12))),
+        ({"text": "Ann", "answer_start": 8}, (Answer("Ann", 8),)),
+        ({"text": ["Ann", "Rome"], "answer_start": [8, 15]}, (Answer("Ann", 8), Answer("Rome", 15))),
+        ([{"text": "Ann", "answer_start": 8}], (Answer("Ann", 8),)),
+        *((nothing, ()) for nothing in (None, "", [], {"text": [], "answer_start": []})),
+    ],
+)
+def test_an_answer_is_a_text_of_the_context_or_comes_with_its_place(write, written, answers):
+    path = write("a.jsonl", lines_of({"q": "Who?", "c": CONTEXT, "a": written}))
+    (row,) = read_questions(path, ("q", "c"), "a", BadRows("error"))
+    assert (row.id, row.question, row.context, row.answers) == ("1", "Who?", CONTEXT, answers)
+    assert row.impossible == (not answers)
+
+
+def test_answers_of_a_csv_are_texts_of_the_context(write):
+    path = write("a.csv", f"q,c,a\nWhere?,{CONTEXT},Rome\nWhy?,{CONTEXT},\n")
+    found = read_questions(path, ("q", "c"), "a", BadRows("error"))
+    assert [(row.id, row.answers) for row in found] == [("1", (Answer("Rome", 15),)), ("2", ())]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("Paris", "expected an answer that stands in its context, found 'Paris'"),
+        ({"text": "Rome", "answer_start": 3}, "expected the answer 'Rome' at character 3, found ' met'"),
+        ({"text": ["Rome", "Ann"], "answer_start": [15]}, "expected an answer with 'text' and 'answer_start'"),
+        (7, "expected an answer with 'text' and 'answer_start', found 7"),
+    ],
+)
+def test_an_answer_that_is_not_where_it_should_be_is_a_bad_row(write, written, message):
+    bad, path = BadRows("error"), write("a.jsonl", lines_of({"q": "Who?", "c": CONTEXT, "a": written}))
+    assert read_questions(path, ("q", "c"), "a", bad) == []
+    with pytest.raises(UserError, match=message):
+        bad.close(path)

@@ -10,7 +10,7 @@ from electrax.config import UserError, build
 from electrax.data.tokenizer import SPECIALS, Tokenizer
 from electrax.experiment.config import FinetuneConfig, HeadConfig
 from electrax.experiment.examples import ExamplesConfig, read_examples
-from electrax.experiment.finetune import make_rows
+from electrax.experiment.finetune import kind_of_rows, make_rows
 from electrax.experiment.rows import classify_rows
 from electrax.inference.classifier import Classifier
 from electrax.models.encoder import EncoderConfig
@@ -40,7 +40,7 @@ def rows_of(tokenizer, path, known=None, task="classify", **sections):
     values = {"task": task, "workdir": "unused", "batch_size": 4, **sections}
     values["data"] = {"path": str(path), "max_length": 12, "max_query": 4, "shapes": 1, **sections.get("data", {})}
     config = build(FinetuneConfig, values, "the test")
-    return make_rows(config, tokenizer, read_examples(config.data, train=known is None), known)
+    return make_rows(config, tokenizer, read_examples(config.data, kind_of_rows(config), train=known is None), known)
 
 
 def ids_of(rows, number):
@@ -363,3 +363,35 @@ def test_a_question_that_may_be_answered_and_has_no_answer_cannot_be_trained_on(
     write(tmp_path / "dev.json", squad(QUESTIONS[:2]))
     with pytest.raises(UserError, match="train.json, question 9: expected an answer to learn from"):
         rows_of(tokenizer, tmp_path, task="answer", data={"format": "squad"})
+
+
+def test_a_question_without_an_answer_needs_a_head_that_can_say_so(tokenizer, tmp_path):
+    rows = [("who", "the cat sat", "the cat"), ("what", "the cat sat", "")]
+    for split in ("train", "dev"):
+        write_rows(tmp_path / f"{split}.csv", rows, ("question", "context", "answer"))
+    data = {"text": ("question", "context"), "label": "answer"}
+    with pytest.raises(UserError, match="train.csv, line 3: expected an answer, or head.no_answer true, found none"):
+        rows_of(tokenizer, tmp_path, task="answer", data=data)
+    left_out = rows_of(tokenizer, tmp_path, task="answer", data=data | {"on_bad_row": "skip"})
+    assert len(left_out.train.rows) == 1
+    both = rows_of(tokenizer, tmp_path, task="answer", data=data, head={"no_answer": True})
+    # [CLS] who [SEP] the cat sat [SEP], and no place in the other
+    assert (both.train.rows.fields["start"].tolist(), both.train.rows.fields["end"].tolist()) == ([3, 0], [4, 0])
+
+
+def test_tags_come_from_the_columns_of_a_table_too(tokenizer, tmp_path):
+    rows = [{"words": ["the", "cat"], "tags": ["O", "B-ANIMAL"]}, {"words": ["the", "dog"], "tags": ["O", "O"]}]
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    found = rows_of(tokenizer, tmp_path, task="tag", data={"text": ("words",), "label": "tags"})
+    assert (found.head["scheme"], len(found.train.rows), len(found.dev.rows)) == ("IOB2", 2, 2)
+    assert "S-ANIMAL" in found.head["classes"]
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "expected"),
+    [("tag", ("a", "b"), "the one of the words"), ("answer", ("a",), "that of the question and that of the context")],
+)
+def test_the_number_of_text_columns_is_that_of_the_task(task, columns, expected):
+    with pytest.raises(UserError, match=f"data.text names {len(columns)} columns; expected {expected}"):
+        build(FinetuneConfig, {"task": task, "workdir": "w", "data": {"path": "a", "text": columns}}, "the test")

@@ -266,6 +266,13 @@ def test_a_tagger_reads_the_words_of_a_column(tagger, tmp_path):
     assert [line["tag"] for line in predict(tagger, tmp_path / "a.csv")] == [["O", "B-ANIMAL", "O"]]
 
 
+def test_a_tagger_reads_files_with_a_word_a_line(tagger, tmp_path):
+    write(tmp_path / "a.conll", "the O\nred cat\n\nthe O\n\n")
+    write(tmp_path / "a.conllu", "# sent_id = 1\n1\tthe" + "\t_" * 8 + "\n2\tdog" + "\t_" * 8 + "\n\n")
+    assert [line["word"] for line in predict(tagger, tmp_path / "a.conll")] == [["the", "red"], ["the"]]
+    assert [line["tag"] for line in predict(tagger, tmp_path / "a.conllu")] == [["O", "B-ANIMAL"]]
+
+
 def test_words_that_are_given_stay_the_words(tagger, tmp_path):
     rows = [{"text": ["the", "red cat", "is\u00a0big"]}, {"text": "the red cat"}, {"text": ["the", None]}, {"text": []}]
     write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
