@@ -158,7 +158,8 @@ def compiled_step(config: PretrainConfig, device: jax.Device) -> tuple[jax.stage
     state = abstract_state(task, optimizer, rows, mesh)
     step = make_step(task, optimizer, state, mesh, config.optimizer.microbatch, config.seed)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), rows)
-    return step.compiled(state, batch), task.flops(config.batch_size, config.data.max_length)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # so that kernels know the device as well
+        return step.compiled(state, batch), task.flops(config.batch_size, config.data.max_length)
 
 
 def describe(program: str) -> dict[str, Any]:
@@ -172,6 +173,7 @@ def describe(program: str) -> dict[str, Any]:
     return {
         "kernels": len(launched),
         "bytes": sum(kernel.bytes for kernel in launched),
+        "product_flops": sum(kernel.flops for kernel in launched),  # without those inside fused kernels
         "seconds": sum(kernel.seconds for kernel in launched),
         "parts": {name: dict(part) for name, part in by_time},
     }

@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from electrax.models.dropout import Seed, dropout
-from electrax.models.fused_attention import SMALLEST, fused_attention, is_fused
 from electrax.models.linear import Linear
 from electrax.models.products import activation_dtype, product
 
@@ -19,7 +18,7 @@ Implementation = Literal["plain", "xla", "cudnn", "fused"]
 # what a GPU alone has, and in bfloat16 alone, with the widths of a head that it takes
 GPU_ATTENTION: dict[Implementation, tuple[str, Callable[[int], bool]]] = {
     "cudnn": ("a multiple of 8", lambda width: width % 8 == 0),
-    "fused": ("16 or a larger power of two", lambda width: is_fused(SMALLEST, width)),
+    "fused": ("16 or a larger power of two", lambda width: width >= 16 and width & (width - 1) == 0),
 }
 Mask = Bool[Array, "B 1 Q L"]  # True = attend; Q is 1 when every query of a row sees the same keys
 MemoryMask = Bool[Array, "B 1 1 S"]
@@ -116,10 +115,12 @@ class SelfAttention(nn.Module):
             k = nn.RMSNorm(dtype=activation_dtype(self.dtype), name="key_norm")(k)
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
-        if self.implementation == "fused" and seed is not None and cache is None and is_fused(*q.shape[1::2]):
-            if self.qk_norm or self.rotary:
-                qkv = jnp.stack([q, k, v], axis=3)
-            return output(fused_attention(qkv, mask, seed, self.dropout_rate)), None
+        if self.implementation == "fused" and seed is not None and cache is None:
+            from electrax.models import fused_attention  # its library takes half a second to import
+
+            if fused_attention.fits(q.shape[1], q.shape[3]):
+                qkv = jnp.stack([q, k, v], axis=3) if self.qk_norm or self.rotary else qkv
+                return output(fused_attention.fused_attention(qkv, mask, seed, self.dropout_rate)), None
         if cache is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             cache = KeyValues(write(cache.keys, k), write(cache.values, v))

@@ -21,7 +21,6 @@ from electrax.models.attention import (
     SelfAttention,
 )
 from electrax.models.dropout import Seed, dropout, fold
-from electrax.models.fused_norm import NormOfSum, fits_norm
 from electrax.models.linear import Linear
 from electrax.models.lookup import LookupGradient, lookup
 from electrax.models.products import activation_dtype
@@ -249,8 +248,11 @@ class Block(nn.Module):
             own = fold(seed, site)
             if c.traits.pre_norm:
                 return x + dropout(part(c.norm(norm)(x)), c.dropout, own)
-            if c.residual == "fused" and own is not None and fits_norm(*x.shape[1:]):
-                return NormOfSum(c.traits.epsilon, c.dropout, name=norm)(x, part(x), own)
+            if c.residual == "fused" and own is not None:
+                from electrax.models import fused_norm  # its library takes half a second to import
+
+                if fused_norm.fits(*x.shape[1:]):
+                    return fused_norm.NormOfSum(c.traits.epsilon, c.dropout, name=norm)(x, part(x), own)
             return c.norm(norm)(x + dropout(part(x), c.dropout, own))
 
         x = add(x, attend, "attention_norm", 1)

@@ -24,14 +24,14 @@ QKV = Float[Array, "B L H 3 K"]
 Mask = Bool[Array, "B 1 Q L"]  # True = attend; Q is 1 or L
 
 
-def is_fused(length: int, width: int) -> bool:
+def fits(length: int, width: int) -> bool:
     """Whether the kernels take rows of that length, with heads of that width."""
     return length % SMALLEST == 0 and width >= SMALLEST and width & (width - 1) == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def fused_attention(qkv: QKV, mask: Mask, seed: Seed, dropout_rate: float) -> Float[Array, "B L H K"]:
-    """dropout(softmax(q kᵀ / √K + mask)) v of `qkv`, which holds q, k and v of each head; `is_fused` must be true.
+    """dropout(softmax(q kᵀ / √K + mask)) v of `qkv`, which holds q, k and v of each head; `fits` must be true.
 
     Products of operands as they are, summed in float32; the softmax is in float32. On a CPU the kernels are
     interpreted, which is slow.

@@ -16,7 +16,7 @@ TOKENS = 64  # of a program
 NUMBERS = 4096  # that it has in hand at once
 
 
-def fits_norm(length: int, width: int) -> bool:
+def fits(length: int, width: int) -> bool:
     """Whether the kernels take rows of that length and width."""
     return length % 16 == 0 and width % 16 == 0
 

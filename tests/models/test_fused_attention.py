@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from electrax.models.attention import SelfAttention, dot_product_attention
-from electrax.models.fused_attention import fused_attention, is_fused
+from electrax.models.fused_attention import fits, fused_attention
 from electrax.models.masks import document_mask, one_way_mask, padding_mask
 
 B, H, K = 2, 3, 16
@@ -61,8 +61,8 @@ def test_a_query_that_sees_nothing_gives_finite_values_and_gradients():
 
 
 def test_it_takes_lengths_of_whole_tiles_and_heads_of_a_power_of_two():
-    assert is_fused(128, 64) and is_fused(48, 16)
-    assert not is_fused(44, 64) and not is_fused(128, 8) and not is_fused(128, 48)
+    assert fits(128, 64) and fits(48, 16)
+    assert not fits(44, 64) and not fits(128, 8) and not fits(128, 48)
 
 
 @pytest.mark.parametrize("length", [32, 20], ids=["fused", "too short for it"])
@@ -80,7 +80,7 @@ def test_self_attention_is_the_same_by_it_and_falls_back_where_it_does_not_fit(o
 
 
 def test_self_attention_without_a_seed_does_not_need_the_kernel(monkeypatch):
-    monkeypatch.setattr("electrax.models.attention.fused_attention", None)
+    monkeypatch.setattr("electrax.models.fused_attention.fused_attention", None)
     x, mask, positions = jnp.ones((B, 32, H * K)), mask_of("padded", 32), jnp.tile(jnp.arange(32), (B, 1))
     module = SelfAttention(H, implementation="fused")
     variables = module.init(jax.random.key(3), x, mask, positions)

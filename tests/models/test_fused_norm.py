@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from electrax.models.dropout import dropout
-from electrax.models.fused_norm import NormOfSum, fits_norm, norm_of_sum
+from electrax.models.fused_norm import NormOfSum, fits, norm_of_sum
 
 SEEDS = jnp.array([3, 4], jnp.uint32)
 EPSILON = 1e-3
@@ -48,8 +48,8 @@ def test_it_is_dropout_sum_and_layer_norm_with_their_gradients(length, width, ra
 
 
 def test_it_takes_whole_tiles_only():
-    assert fits_norm(128, 768) and fits_norm(16, 64)
-    assert not fits_norm(20, 64) and not fits_norm(128, 40)
+    assert fits(128, 768) and fits(16, 64)
+    assert not fits(20, 64) and not fits(128, 40)
 
 
 def test_its_parameters_are_those_of_a_layer_norm():
