@@ -306,22 +306,31 @@ class PretrainedModel:
 
 
 def _encode(
-    config: EncoderConfig, tower: str, one_way: bool, params: Params, ids, pad_id, documents=None, positions=None
+    config: EncoderConfig,
+    tower: str,
+    one_way: bool,
+    params: Params,
+    ids,
+    pad_id,
+    documents=None,
+    positions=None,
+    first=None,
 ):
-    """Of rows of one text each, or of several, with the text of each token and its place there."""
+    """Of rows of one text each, or of several, with the text of each token and its place there; of all tokens or the
+    first ones."""
     embedded = Embeddings(config).apply({"params": params["embeddings"]}, ids, None, positions)
     mask = padding_mask(ids != pad_id) if documents is None else document_mask(documents)
     mask = one_way_mask(mask) if one_way else mask
-    hidden = Encoder(config).apply({"params": params[tower]["encoder"]}, embedded, mask, positions)
-    return jnp.where((ids != pad_id)[..., None], hidden.astype(jnp.float32), 0.0)
+    hidden = Encoder(config).apply({"params": params[tower]["encoder"]}, embedded, mask, positions, first=first)
+    return jnp.where((ids != pad_id)[:, :first, None], hidden.astype(jnp.float32), 0.0)
 
 
 def _pool(encode: Callable, pooling: str, params: Params, ids, pad_id, documents=None, positions=None):
+    if documents is None and pooling == "cls":
+        return encode(params, ids, pad_id, first=1)[:, 0]
     hidden = encode(params, ids, pad_id, documents, positions)
     if documents is not None:
         return pooled(hidden, documents, positions, pooling)
-    if pooling == "cls":
-        return hidden[:, 0]
     return jnp.sum(hidden, axis=1) / jnp.maximum(jnp.sum(ids != pad_id, axis=1), 1)[:, None]
 
 

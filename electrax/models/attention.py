@@ -41,19 +41,21 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     seed: Seed | None = None,
     dtype: DTypeLike = jnp.float32,
+    queries: int | None = None,
 ) -> Float[Array, "B T H K"]:
     """softmax(q kᵀ / √K + mask) v, with the softmax in float32 and the products in `dtype`.
 
     A masked key gets a weight of exactly 0 (the reference adds -10000, which underflows to the same 0). A query that
     may attend to nothing returns an unspecified finite value. Dropout on the weights takes the plain path, as
-    does what is `fused` in SelfAttention.
+    does what is `fused` in SelfAttention. It is that of `queries`, of which q may hold the first T alone.
     """
     if implementation in ("xla", "cudnn") and (seed is None or dropout_rate == 0.0):
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
         operands = (x.astype(dtype) for x in (q, k, v))
         mixed = jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation)
         return mixed.astype(activation_dtype(dtype))
-    weights = dropout(attention_weights(q, k, mask, dtype), dropout_rate, seed)
+    row = q.shape[2], queries or q.shape[1], k.shape[1]
+    weights = dropout(attention_weights(q, k, mask, dtype), dropout_rate, seed, row)
     return jnp.moveaxis(product("bhtl,bhlk->bhtk", weights, jnp.moveaxis(v, 2, 1), dtype), 1, 2)
 
 
@@ -82,6 +84,7 @@ class SelfAttention(nn.Module):
 
     With a `cache` of L places the T tokens are those at the places from `start` on: their keys and values are written
     there, and they read all L places as `mask` allows. `fused` is for training: it applies where there is a `seed`.
+    With `first` there are results for so many tokens alone, the first ones.
     """
 
     heads: int
@@ -103,7 +106,8 @@ class SelfAttention(nn.Module):
         seed: Seed | None = None,
         cache: KeyValues | None = None,
         start: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        first: int | None = None,
+    ) -> tuple[Float[Array, "B N D"], KeyValues | None]:
         width = x.shape[-1]
         linear = functools.partial(Linear, use_bias=self.use_bias, dtype=self.dtype)
         # heads come first, so that a mesh can divide them while queries, keys and values stay one product
@@ -115,7 +119,7 @@ class SelfAttention(nn.Module):
             k = nn.RMSNorm(dtype=activation_dtype(self.dtype), name="key_norm")(k)
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
-        if self.implementation == "fused" and seed is not None and cache is None:
+        if self.implementation == "fused" and seed is not None and cache is None and first is None:
             from electrax.models import fused_attention  # its library takes half a second to import
 
             if fused_attention.fits(q.shape[1], q.shape[3]):
@@ -128,7 +132,8 @@ class SelfAttention(nn.Module):
         # weights are drawn for all layers at once, which cuDNN's call does not allow
         implementation = "plain" if self.is_initializing() else self.implementation
         choices = {"implementation": implementation, "dropout_rate": self.dropout_rate, "dtype": self.dtype}
-        mixed = dot_product_attention(q, k, v, mask, seed=seed, **choices)
+        queries = q.shape[1]
+        mixed = dot_product_attention(q[:, :first], k, v, mask[:, :, :first], seed=seed, queries=queries, **choices)
         return output(mixed), cache
 
 

@@ -25,11 +25,18 @@ def fold(seed: Seed | None, site: int) -> Seed | None:
     return None if seed is None else _mix(seed + jnp.uint32((site + 1) * 0x9E3779B9 % 2**32))
 
 
-def dropout(x: Float[Array, "B ..."], rate: float, seed: Seed | None) -> Float[Array, "B ..."]:
-    """Zeroes each unit with probability `rate` and scales the rest by 1 / (1 - rate); identity if `seed` is None."""
+def dropout(
+    x: Float[Array, "B ..."], rate: float, seed: Seed | None, row: tuple[int, ...] | None = None
+) -> Float[Array, "B ..."]:
+    """Zeroes each unit with probability `rate` and scales the rest by 1 / (1 - rate); identity if `seed` is None.
+
+    `row` is the shape of a whole row where x holds the first units along its axes alone: these are dropped as there.
+    """
     if seed is None or rate == 0.0:
         return x
-    place = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(1, *x.shape[1:])
+    row = row or x.shape[1:]
+    place = jnp.arange(math.prod(row), dtype=jnp.uint32).reshape(1, *row)
+    place = place[:, *(slice(size) for size in x.shape[1:])]
     keep = is_kept(seed.reshape(-1, *[1] * (x.ndim - 1)), place, rate)
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
 

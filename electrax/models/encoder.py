@@ -210,7 +210,7 @@ def project_memory(c: EncoderConfig, layers: Mapping[str, Any], memory: Float[Ar
 
 class Block(nn.Module):
     """One Transformer layer, [B, T, D] -> [B, T, D]: self-attention, with a `memory` attention to that, and a
-    feed-forward network. `cache` and `start` as in SelfAttention; the result comes with the cache."""
+    feed-forward network. `cache`, `start` and `first` as in SelfAttention; the result comes with the cache."""
 
     config: EncoderConfig
 
@@ -225,7 +225,8 @@ class Block(nn.Module):
         memory_mask: MemoryMask | None = None,
         cache: KeyValues | None = None,
         start: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        first: int | None = None,
+    ) -> tuple[Float[Array, "B N D"], KeyValues | None]:
         c = self.config
         attention = SelfAttention(**_attention_options(c), rotary=c.traits.rotary, qk_norm=c.qk_norm, name="attention")
 
@@ -240,20 +241,20 @@ class Block(nn.Module):
 
         def attend(h):
             nonlocal cache
-            h, cache = attention(h, mask, positions, fold(seed, 0), cache, start)
+            h, cache = attention(h, mask, positions, fold(seed, 0), cache, start, first)
             return h
 
         def add(x, part, norm: str, site: int):
             """x + part(x), normalised before the part (pre-norm) or after the sum (post-norm)."""
             own = fold(seed, site)
             if c.traits.pre_norm:
-                return x + dropout(part(c.norm(norm)(x)), c.dropout, own)
-            if c.residual == "fused" and own is not None:
+                return x[:, :first] + dropout(part(c.norm(norm)(x)), c.dropout, own)
+            if c.residual == "fused" and own is not None and first is None:
                 from electrax.models import fused_norm  # its library takes half a second to import
 
                 if fused_norm.fits(*x.shape[1:]):
                     return fused_norm.NormOfSum(c.traits.epsilon, c.dropout, name=norm)(x, part(x), own)
-            return c.norm(norm)(x + dropout(part(x), c.dropout, own))
+            return c.norm(norm)(x[:, :first] + dropout(part(x), c.dropout, own))
 
         x = add(x, attend, "attention_norm", 1)
         if memory is not None:
@@ -268,7 +269,8 @@ class Encoder(nn.Module):
     A decoder is one too: with a mask that looks back, and perhaps a `memory` to read beside, the hidden states of
     another text or in `memory` one KeyValues a layer. With the `cache` of every layer, and `start` as in SelfAttention,
     it returns (hidden states, cache). Who asks for the collection `attended` gets the last layer's attention to the
-    memory, `weights` [B, T, S].
+    memory, `weights` [B, T, S]. Who wants the hidden states of the `first` tokens alone does not pay for the others in
+    the last layer.
     """
 
     config: EncoderConfig
@@ -284,7 +286,8 @@ class Encoder(nn.Module):
         memory_mask: MemoryMask | None = None,
         cache: list[KeyValues] | None = None,
         start: Int[Array, ""] | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], list[KeyValues]]:
+        first: int | None = None,
+    ) -> Float[Array, "B N D"] | tuple[Float[Array, "B N D"], list[KeyValues]]:
         """`positions` (default 0 … T-1) matter to rotary attention only. Without `seed` nothing is dropped."""
         c = self.config
         if positions is None:
@@ -300,32 +303,34 @@ class Encoder(nn.Module):
         layers = self._layers(lambda key: block.init(key, x, mask, positions, None, memory, memory_mask)["params"])
         watched = ["attended"] if self.is_mutable_collection("attended") and not self.is_initializing() else False
 
-        def apply(x, layer):
+        def apply(x, layer, first=None):
             params, seed, own, cache = layer
             own = memory if own is None else own
-            found = block.apply(
-                {"params": params}, x, mask, positions, seed, own, memory_mask, cache, start, mutable=watched
-            )
+            given = x, mask, positions, seed, own, memory_mask, cache, start, first
+            found = block.apply({"params": params}, *given, mutable=watched)
             (x, cache), seen = found if watched else (found, None)
             return x, (cache, seen)
 
-        if c.remat:
-            policies = jax.checkpoint_policies
-            policy = (
-                policies.nothing_saveable if c.remat_keep == "nothing" else policies.dots_with_no_batch_dims_saveable
-            )
-            apply = jax.checkpoint(apply, prevent_cse=not c.scanned, policy=policy)
-        apply = jax.jit(apply)  # traced once for all layers; the compiler takes the call apart again
+        def traced(apply):
+            if c.remat:
+                keep = jax.checkpoint_policies
+                keep = keep.nothing_saveable if c.remat_keep == "nothing" else keep.dots_with_no_batch_dims_saveable
+                apply = jax.checkpoint(apply, prevent_cse=not c.scanned, policy=keep)
+            return jax.jit(apply)  # traced once for all layers; the compiler takes the call apart again
+
         seeds = [fold(seed, i) for i in range(c.layers)]
         each = list(zip(layers, seeds, memories, cache or [None] * c.layers, strict=True))
-        if c.scanned:
-            x, written = jax.lax.scan(apply, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
-            kept = [jax.tree.map(lambda leaf, i=i: leaf[i], written) for i in range(c.layers)]
-        else:
-            kept = []
-            for layer in each:
-                x, written = apply(x, layer)
-                kept.append(written)
+        last, kept = [each.pop()] if first else [], []
+        apply_all = traced(apply)
+        if c.scanned and each:
+            x, written = jax.lax.scan(apply_all, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+            kept = [jax.tree.map(lambda leaf, i=i: leaf[i], written) for i in range(len(each))]
+        for layer in [] if c.scanned else each:
+            x, written = apply_all(x, layer)
+            kept.append(written)
+        for layer in last:
+            x, written = traced(functools.partial(apply, first=first))(x, layer)
+            kept.append(written)
         if watched:
             self.sow("attended", "weights", kept[-1][1]["attended"]["cross_attention"]["weights"][0])
         x = c.norm("final_norm")(x) if c.traits.pre_norm else x

@@ -44,12 +44,15 @@ def peak_flops(device: jax.Device, dtype: str = "float32") -> float:
     return 2 * size**3 / best
 
 
-def encoder_forward(c: EncoderConfig, length: int) -> int:
-    """Of one token in rows of `length`; look-ups, norms and activations are free. Multiply and add are two."""
+def encoder_forward(c: EncoderConfig, length: int, first: int | None = None) -> float:
+    """Of one token in rows of `length`; look-ups, norms and activations are free. Multiply and add are two. With
+    `first` the mean over a row's tokens, of which the last layer gives the first ones' states alone."""
     projection = 2 * c.embedding_width * c.width if c.embedding_width != c.width else 0
-    attention = 2 * c.width * 4 * c.width + 2 * 2 * length * c.width
+    queries_keys_values, output = 2 * c.width * 3 * c.width, 2 * c.width * c.width
     feed_forward = 2 * c.width * c.feed_forward * (3 if c.traits.gated else 2)
-    return projection + c.layers * (attention + feed_forward)
+    states = 2 * 2 * length * c.width + output + feed_forward  # what is done for each state of a layer
+    left_out = 0.0 if first is None else 1 - min(first, length) / length
+    return projection + c.layers * (queries_keys_values + states) - left_out * states
 
 
 def masked_lm_forward(c: EncoderConfig, towers: int = 1) -> int:

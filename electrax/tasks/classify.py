@@ -26,6 +26,7 @@ class ClassifyTask(FinetuneTask):
     softened probabilities times T² (Hinton et al., 2015, section 2), or the squared distance from its number.
     """
 
+    first = 1
     kind: Kind = "classes"
     classes: tuple[str, ...] = ()
     scale: float = 1.0

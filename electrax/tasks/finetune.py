@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -63,10 +63,13 @@ class FinetuneTask:
         layer = next((int(name.removeprefix("layer_")) for name in path if name.startswith("layer_")), None)
         return layer is not None and layer < self.freeze_layers
 
+    first: ClassVar[int | None] = None  # tokens whose hidden states the head reads; None: all
+
     def hidden(
         self, params: Params, ids: Int[Array, "B L"], seed: Any = None, types: Int[Array, "B L"] | None = None
-    ) -> Float[Array, "B L D"]:
-        """Last hidden states; `types` default to those of a pair. What is frozen gets no gradient, nor costs one."""
+    ) -> Float[Array, "B N D"]:
+        """Last hidden states of the `first` tokens; `types` default to those of a pair. What is frozen gets no
+        gradient, nor costs one."""
         frozen = jax.tree_util.tree_map_with_path(
             lambda path, leaf: (
                 jax.lax.stop_gradient(leaf) if self.is_frozen(tuple(str(key.key) for key in path)) else leaf
@@ -77,12 +80,13 @@ class FinetuneTask:
         embedded = Embeddings(self.encoder).apply({"params": frozen["embeddings"]}, ids, types)
         mask = padding_mask(ids != self.pad_id)
         encoder = {"params": frozen["discriminator"]["encoder"]}
-        return Encoder(self.encoder).apply(encoder, embedded, mask, None, seed)
+        return Encoder(self.encoder).apply(encoder, embedded, mask, None, seed, first=self.first)
 
     def forward_flops(self) -> float:
         """Of a training row at its own length, on average."""
         assert self.train is not None
-        return float(np.mean([n * encoder_forward(self.encoder, n) for n in self.train.rows.lengths.tolist()]))
+        lengths = self.train.rows.lengths.tolist()
+        return float(np.mean([n * encoder_forward(self.encoder, n, self.first) for n in lengths]))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

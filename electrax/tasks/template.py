@@ -20,6 +20,8 @@ class TemplateTask(ClassifyTask):
     tokens and 0 elsewhere, and `label` int32. Parameter tree: `embeddings` and the whole `discriminator`.
     """
 
+    first = None
+
     def head(self) -> ReplacedTokenHead:
         return ReplacedTokenHead(self.encoder)
 

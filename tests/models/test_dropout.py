@@ -66,3 +66,10 @@ def test_all_sites_of_a_deep_model_have_different_seeds():
 
 def test_bfloat16_stays_bfloat16():
     assert dropout(jnp.ones((6, 4), jnp.bfloat16), 0.1, SEEDS).dtype == jnp.bfloat16
+
+
+def test_the_first_units_of_a_row_are_dropped_as_in_the_whole_row():
+    x = jnp.ones((6, 3, 8, 5))
+    found = dropout(x[:, :, :2, :4], 0.5, SEEDS, row=(3, 8, 5))
+    assert (found == dropout(x, 0.5, SEEDS)[:, :, :2, :4]).all()
+    assert (found != dropout(x[:, :, :2, :4], 0.5, SEEDS)).any()

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import functools
 import math
@@ -366,6 +367,60 @@ def test_every_way_to_compute_the_layers_gives_the_plain_ones_results_dropout_on
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2), compiler_options=FAST_COMPILE)
+def first_states(config, params, first):
+    """Those of the first two tokens, and the gradient of a sum of them."""
+    mask, positions = document_mask(document_index(IDS, CLS, PAD)), document_positions(IDS, CLS)
+    weights = jax.random.normal(jax.random.key(9), (len(IDS), 2, config.width))
+
+    def weighed(params):
+        embedded = Embeddings(config).apply({"params": params["embeddings"]}, IDS, None, positions)
+        encoder = {"params": params["encoder"]}
+        out = Encoder(config).apply(encoder, embedded, mask, positions, SEEDS, first=first)[:, :2]
+        return jnp.sum(out * weights), out
+
+    return jax.grad(weighed, has_aux=True)(params)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [(TINY, {}), (MODERN, {"scan_layers": True, "remat": True}), (TINY, {"layers": 1, "scan_layers": True})],
+    ids=["electra", "modern-scan-remat", "one layer"],
+)
+def test_the_first_tokens_states_are_the_same_where_the_last_layer_gives_no_others_dropout_on(config, changes):
+    config = dataclasses.replace(config, **changes)
+    params = random_params(shapes_of(config))
+    whole, first = first_states(config, params, None), first_states(config, params, 2)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(first), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_layer_computes_the_first_tokens_states_alone():
+    params = random_params(shapes_of(TINY))
+
+    def rows_of_products(first):
+        def states(params):
+            embedded = Embeddings(TINY).apply({"params": params["embeddings"]}, IDS)
+            return Encoder(TINY).apply({"params": params["encoder"]}, embedded, padding_mask(IDS != PAD), first=first)
+
+        return collections.Counter(rows_of(jax.make_jaxpr(states)(params).jaxpr))
+
+    whole, first = rows_of_products(None), rows_of_products(1)
+    # three of the last layer's four products with kernels: of the output of attention, up and down
+    assert whole - first == {IDS.size: 3} and (first - whole)[len(IDS)] == 3
+
+
+def rows_of(jaxpr):
+    """How many rows each product with a kernel has."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and equation.invars[1].aval.ndim == 2:
+            yield equation.invars[0].aval.shape[0]
+        for value in equation.params.values():
+            body = getattr(value, "jaxpr", value)
+            if hasattr(body, "eqns"):
+                yield from rows_of(body)
+
+
 def test_the_fused_residual_gives_the_plain_ones_results_dropout_on(monkeypatch):
     """Rows of 16 tokens, which the kernels take, of two documents each."""
     rows = jnp.tile(jnp.array([[CLS, 7, 8, 9, SEP, CLS, 5, 6]]), (2, 2)).at[1, 3].set(4)
@@ -464,7 +519,7 @@ def test_every_layer_drops_attention_weights_and_both_outputs_and_the_embeddings
     rate, attention_rate, calls = 0.2, 0.3, 7  # 1 + 2 layers x 3
     sites = []
 
-    def record(x, rate, seed):
+    def record(x, rate, seed, row=None):
         if rate and seed is not None:
             sites.append((x.ndim, rate, int(seed[0])))
         return x
