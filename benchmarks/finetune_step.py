@@ -87,10 +87,10 @@ def torch_step(encoder: EncoderConfig, rows: Batch, params: Params) -> Callable[
     return run
 
 
-def step_flops(encoder: EncoderConfig, batch: int, length: int) -> float:
-    """Of matrix products; the backward pass is twice the forward."""
+def step_flops(encoder: EncoderConfig, batch: int, length: int, first: int | None = None) -> float:
+    """Of matrix products; the backward pass is twice the forward. `first` as in encoder_forward."""
     head = 2 * encoder.width * (encoder.width + len(CLASSES))
-    return 3.0 * batch * (length * encoder_forward(encoder, length) + head)
+    return 3.0 * batch * (length * encoder_forward(encoder, length, first) + head)
 
 
 def measure(encoder: EncoderConfig, batch: int, length: int, microbatch: int, rounds: int, peak: float) -> dict:
@@ -102,9 +102,9 @@ def measure(encoder: EncoderConfig, batch: int, length: int, microbatch: int, ro
     seconds = alternate(contestants, rounds)
     ratios = [a / b for a, b in zip(seconds["electrax"], seconds["torch"], strict=True)]
     row = {"batch": batch, "length": length, "ratio": percentiles(ratios), "ratios": ratios, "first_loss": losses}
-    row["flops"] = step_flops(encoder, batch, length)
+    row["flops"] = {"electrax": step_flops(encoder, batch, length, 1), "torch": step_flops(encoder, batch, length)}
     for name, values in seconds.items():
-        share = row["flops"] / float(np.median(values)) / peak
+        share = row["flops"][name] / float(np.median(values)) / peak
         row[name] = {"seconds": percentiles(values), "share_of_gemm_rate": share}
     return row
 

@@ -5,14 +5,16 @@
 All: the same texts, vocabulary and weights, float32 but for those named `bfloat16`; from texts to arrays of numpy,
 tokenising included. The PyTorch sides take batches of 32 in the order of the input, each padded to its longest text;
 `packed` puts several texts into each row of 128 tokens, with attention that stops at their borders. Work: one text; 32
-texts of 128 tokens; texts of 20 to 128 tokens, evenly, each as one vector and with a vector a token. Ratios are
-electrax / the other of the same round (below 1 is faster).
+texts of 128 tokens; texts of 20 to 128 tokens, evenly; each as one vector, the mean of its tokens' or with `cls` that
+of [CLS], as a classifier reads it, and mixed lengths with a vector a token too. Ratios are electrax / the other of the
+same round (below 1 is faster). Shares of the GEMM rate are of the products that each side computes.
 """
 
 import argparse
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import numpy as np
@@ -28,11 +30,17 @@ from electrax.models.sizes import ModelConfig, discriminator_shape
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
 
+Pooling = Literal["mean", "cls"] | None
 Encode = Callable[[list[str]], list[np.ndarray]]  # one vector a text, or one a token
 
 
 def torch_encode(
-    encoder: EncoderConfig, params: Params, tokenizer: Tokenizer, pooled: bool, compiled: str = "", half: bool = False
+    encoder: EncoderConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    pooling: Pooling,
+    compiled: str = "",
+    half: bool = False,
 ) -> Encode:
     """As one writes it with Transformers; `compiled` names the shapes to compile for, `half` is bfloat16 autocast."""
     import torch
@@ -49,7 +57,9 @@ def torch_encode(
             inputs = fast(texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
                 hidden, real = model(**inputs)[0], inputs["attention_mask"]
-                if pooled:
+                if pooling == "cls":
+                    hidden = hidden[:, 0]
+                elif pooling:
                     hidden = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)
             found += list(hidden.float().numpy())
         return found
@@ -87,7 +97,14 @@ def make_texts(tokenizer: Tokenizer, one_row: int, count: int) -> dict[str, list
     size = LONGEST - 2
     full = [" ".join(words[start : start + size]) for start in range(0, BATCH * size, size)]
     mixed = [text for (text,) in made_rows(tokenizer, count)]
-    return {"one row": [" ".join(words[: one_row - 2])], "full rows": full, "mixed": mixed, "mixed, every token": mixed}
+    return {
+        "one row": [" ".join(words[: one_row - 2])],
+        "full rows": full,
+        "full rows, cls": full,
+        "mixed": mixed,
+        "mixed, cls": mixed,
+        "mixed, every token": mixed,
+    }
 
 
 def main() -> None:
@@ -113,25 +130,27 @@ def main() -> None:
     for name, texts in make_texts(tokenizer, options.one_row, options.texts).items():
         if options.work and name not in options.work:
             continue
-        pooled = "every token" not in name
+        pooling: Pooling = "cls" if "cls" in name else None if "every token" in name else "mean"
         shapes = "dynamic" if "mixed" in name else "static"
         contestants: dict[str, Encode] = {
-            "electrax": lambda texts, pooled=pooled: list(model.encode(texts, "mean" if pooled else None)),
-            "torch": torch_encode(encoder, params, tokenizer, pooled),
-            "bfloat16": lambda texts, pooled=pooled: list(half.encode(texts, "mean" if pooled else None)),
-            "torch.bfloat16": torch_encode(encoder, params, tokenizer, pooled, half=True),
+            "electrax": lambda texts, pooling=pooling: list(model.encode(texts, pooling)),
+            "torch": torch_encode(encoder, params, tokenizer, pooling),
+            "bfloat16": lambda texts, pooling=pooling: list(half.encode(texts, pooling)),
+            "torch.bfloat16": torch_encode(encoder, params, tokenizer, pooling, half=True),
         }
         if name == "mixed":
             contestants["packed"] = lambda texts: list(model.encode(texts, "mean", packed=True))
         if not options.no_compile:
-            contestants["torch.compile"] = torch_encode(encoder, params, tokenizer, pooled, shapes)
+            contestants["torch.compile"] = torch_encode(encoder, params, tokenizer, pooling, shapes)
         lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(texts)]
         work[name] = row = measure(contestants, texts, lengths, options.rounds)
-        flops = sum(length * encoder_forward(encoder, length) for length in lengths)
+        whole = sum(length * encoder_forward(encoder, length) for length in lengths)
+        own = sum(length * encoder_forward(encoder, length, 1 if pooling == "cls" else None) for length in lengths)
         peak_flops.cache_clear()  # of now: the machine may have been disturbed before
-        row |= {"flops": flops, "gemm_flops_per_second": peak_flops(jax.devices()[0])}
+        row |= {"flops": whole, "electrax_flops": own, "gemm_flops_per_second": peak_flops(jax.devices()[0])}
         row["share_of_gemm_rate"] = {
-            side: flops / values["median"] / row["gemm_flops_per_second"] for side, values in row["seconds"].items()
+            side: (whole if "torch" in side else own) / values["median"] / row["gemm_flops_per_second"]
+            for side, values in row["seconds"].items()
         }
         print(f"{options.size}, {name}: {len(texts)} texts, {sum(lengths)} tokens")
         for side, values in row["seconds"].items():
