@@ -84,8 +84,18 @@ class RowBatches:
     fill: dict[str, int]  # the padding of each token array
 
     @staticmethod
-    def of(rows: TokenRows, batch_size: int, fill: dict[str, int], shapes: int = 12) -> "RowBatches":
-        return RowBatches(rows, LengthBuckets(rows.lengths, batch_size, shapes), fill)
+    def of(
+        rows: TokenRows, batch_size: int, fill: dict[str, int], shapes: int = 12, least: int | None = None
+    ) -> "RowBatches":
+        """Batches of that size, or with a `least` one of some half of it and so on, a multiple of that, where there are
+        so few rows that a tenth would be padding."""
+        buckets = LengthBuckets(rows.lengths, batch_size, shapes)
+        while least and len(rows.lengths) > batch_size and batch_size % (2 * least) == 0:
+            if buckets.padding_share() < 0.1:
+                break
+            batch_size //= 2
+            buckets = LengthBuckets(rows.lengths, batch_size, shapes)
+        return RowBatches(rows, buckets, fill)
 
     def train_batch(self, step: int, seed: int, part: slice) -> dict[str, np.ndarray]:
         rows, length = self.buckets.train_rows(step, seed)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -96,8 +97,14 @@ def classify_rows(
         if teacher and name == "train":
             fields["teacher"] = _taught(teacher, examples, classes, scale)
         rows = dataclasses.replace(rows, fields=fields)
-        batches[name] = RowBatches.of(rows, batch_size, {"ids": tokenizer.pad_id, "spans": 0}, config.shapes)
+        fill = {"ids": tokenizer.pad_id, "spans": 0}
+        batches[name] = RowBatches.of(rows, batch_size, fill, config.shapes, _least(name))
     return TaskRows(**batches, head=head, notes=notes_of(bad, cut, config.max_length))
+
+
+def _least(name: str) -> int | None:
+    """Rows that a batch of a small dev set may be cut down to. Several processes divide batches of one size."""
+    return jax.device_count() if name == "dev" and jax.process_count() == 1 else None
 
 
 def template_words(outputs: HeadConfig, classes: Sequence[str]) -> tuple[str, ...]:
@@ -231,7 +238,7 @@ def tag_rows(
     batches = {}
     for name, examples in {"train": train, "dev": dev}.items():
         good = [e for e in examples if _has_tags(e, tags, scheme, bad)]
-        batches[name] = _tag_batches(config, tokenizer, good, tags, scheme, batch_size) if good else None
+        batches[name] = _tag_batches(config, tokenizer, good, tags, scheme, batch_size, _least(name)) if good else None
     bad.close(config.path)
     head = {"classes": list(tags), "scheme": scheme, "metric": "f1" if scheme else "accuracy"}
     notes = notes_of(bad, {}, config.max_length)
@@ -256,13 +263,14 @@ def _tag_batches(
     tags: Sequence[str],
     scheme: str | None,
     batch_size: int,
+    least: int | None,
 ) -> RowBatches:
     words = [e.words for e in examples]
     rows = kept(
         lambda: encode_words(tokenizer, words, config.max_length), "words", tokenizer.sha256, config.max_length, words
     )
     rows = with_labels(rows, label_words(examples, tags, scheme))
-    return RowBatches.of(rows, batch_size, word_padding(tokenizer.pad_id), config.shapes)
+    return RowBatches.of(rows, batch_size, word_padding(tokenizer.pad_id), config.shapes, least)
 
 
 # -- question answering ------------------------------------------------------------------------------------------------
@@ -291,7 +299,8 @@ def answer_rows(
         for row in made.bad:
             bad.add(row.where, row.kind, row.message)
         fill = {"ids": tokenizer.pad_id}
-        batches[name] = RowBatches.of(made.rows, batch_size, fill, config.shapes) if len(made.rows) else None
+        sizes = batch_size, fill, config.shapes, _least(name)
+        batches[name] = RowBatches.of(made.rows, *sizes) if len(made.rows) else None
         windows[name] = made
     bad.close(config.path)
     head = {"classes": [], "null_threshold": null_threshold, "metric": "f1"}

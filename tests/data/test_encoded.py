@@ -164,6 +164,32 @@ def test_less_than_a_tenth_of_the_tokens_of_a_glue_training_set_is_padding(name)
     assert buckets.padding_share() < 0.1
 
 
+def test_few_rows_of_mixed_lengths_may_come_in_smaller_batches():
+    """Twelve rows of 2 tokens and ten of 20: in batches of 16 and 6 all are padded to 20."""
+    rows = TokenRows.of([[1] * 2] * 12 + [[1] * 20] * 10)
+
+    def sizes(rows, **settings):
+        batches = RowBatches.of(rows, 16, {"ids": 0}, **settings)
+        return batches.buckets.batch_size, sorted(
+            {batch["ids"].shape for batch, _ in batches.eval_batches(slice(None))}
+        )
+
+    assert sizes(rows) == sizes(rows, least=16) == sizes(rows, least=3) == (16, [(16, 20)])
+    assert sizes(rows, least=4) == (4, [(4, 2), (4, 20)])
+    few = TokenRows.of([[1] * 2] * 8 + [[1] * 20] * 8)  # one batch: another shape would cost more than it saves
+    assert sizes(few, least=1) == (16, [(16, 20)])
+
+
+def test_less_than_a_tenth_of_the_tokens_of_a_small_glue_dev_set_is_padding():
+    if not (DATA / "glue" / "WNLI" / "dev.tsv").is_file():
+        pytest.skip("GLUE's files are not here")
+    examples = read_glue(DATA / "glue", GLUE["wnli"], "dev", BadRows("skip"))
+    ids, _ = encode_pairs(Tokenizer.load(DATA / "vocab" / "vocab.txt"), [e.texts for e in examples], 128)
+    buckets = RowBatches.of(TokenRows.of(ids), 32, {"ids": 0}, shapes=12, least=1).buckets
+    assert len(buckets.buckets) <= 12
+    assert buckets.padding_share() < 0.1
+
+
 # -- rows kept between runs -------------------------------------------------------------------------------------------
 
 
