@@ -85,8 +85,14 @@ def trained(folder):
         ("finetune csv --data.path REVIEWS --init_from gone/for/good", "gone/for/good: no such file or directory"),
         ("finetune cola --data.path FOLDER", "expected the file CoLA/dev.tsv in it"),
         ("finetune squad1 --data.path FOLDER", "dev-v1.1.json: no such file"),
-        ("finetune wnut17 --data.path REVIEWS --data.format table", "table: the task tag reads conll or conllu"),
-        ("finetune squad1 --data.path REVIEWS --data.format table", "table: the task answer reads squad or mrqa"),
+        (
+            "finetune wnut17 --data.path REVIEWS --data.format squad",
+            "squad: the task tag reads conll or conllu or table",
+        ),
+        (
+            "finetune squad1 --data.path REVIEWS --data.format conll",
+            "conll: the task answer reads squad or mrqa or table",
+        ),
         ("finetune csv --data.path REVIEWS --data.format conll", "conll: the task classify reads table or glue"),
         ("finetune csv --data.path REVIEWS --data.format parallel", "parallel: the task classify reads table or glue"),
         ("finetune glue --data.path FOLDER", "command line: unknown key data"),

@@ -86,7 +86,9 @@ def read_questions(
     return collect(_questions(os.fspath(path), text, answers, tfds_dir), bad, path)
 
 
-def _questions(path: str, text: tuple[str, str], answers: str, tfds_dir: str | None):
+def _questions(
+    path: str, text: tuple[str, str], answers: str, tfds_dir: str | None
+) -> Iterator[QuestionExample | BadRow]:
     records = read_records(path, [*text, answers], True, tfds_dir)
     for number, (where, record) in enumerate(records, 1):
         made = record if isinstance(record, Fault) else _question(where, str(number), record, text, answers)
@@ -136,7 +138,7 @@ def _question(
         parts = [part if isinstance(part, list) else [part] for part in parts]
         written = [dict(zip(("text", "answer_start"), pair, strict=False)) for pair in itertools.zip_longest(*parts)]
     elif not isinstance(written, list):
-        written = [] if written in (None, "") else [written]
+        written = [] if written is None or not str(written).strip() else [written]
     found = [_answer(answer, context) for answer in written]
     fault = next((answer for answer in found if isinstance(answer, Fault)), None)
     return fault or QuestionExample(where, id, question, context, tuple(found), impossible=not found)

@@ -241,7 +241,7 @@ class FinetuneConfig:
             raise UserError(
                 "the task rewrite reads a table or parallel files, and data.text names one column or ending"
             )
-        if self.data.format == "table":
+        if self.data.format == "table" and (self.data.path or self.task == "classify"):
             kind = "choice" if self.task == "classify" and self.head.kind == "choice" else self.task
             texts, (wanted, expected) = len(self.data.text), TEXT_COLUMNS[kind]
             if texts not in wanted:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -41,7 +41,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     seed: Seed | None = None,
     dtype: DTypeLike = jnp.float32,
-    queries: int | None = None,
+    queries: Any = None,  # a number, or in an export a symbol
 ) -> Float[Array, "B T H K"]:
     """softmax(q kᵀ / √K + mask) v, with the softmax in float32 and the products in `dtype`.
 

@@ -26,7 +26,7 @@ def fold(seed: Seed | None, site: int) -> Seed | None:
 
 
 def dropout(
-    x: Float[Array, "B ..."], rate: float, seed: Seed | None, row: tuple[int, ...] | None = None
+    x: Float[Array, "B ..."], rate: float, seed: Seed | None, row: tuple | None = None
 ) -> Float[Array, "B ..."]:
     """Zeroes each unit with probability `rate` and scales the rest by 1 / (1 - rate); identity if `seed` is None.
 

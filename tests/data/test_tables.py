@@ -486,7 +486,7 @@ CONTEXT = "Ann met Ann in Rome."
         ({"text": "Ann", "answer_start": 8}, (Answer("Ann", 8),)),
         ({"text": ["Ann", "Rome"], "answer_start": [8, 15]}, (Answer("Ann", 8), Answer("Rome", 15))),
         ([{"text": "Ann", "answer_start": 8}], (Answer("Ann", 8),)),
-        *((nothing, ()) for nothing in (None, "", [], {"text": [], "answer_start": []})),
+        *((nothing, ()) for nothing in (None, "", " ", [], {"text": [], "answer_start": []})),
     ],
 )
 def test_an_answer_is_a_text_of_the_context_or_comes_with_its_place(write, written, answers):

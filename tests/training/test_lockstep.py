@@ -436,7 +436,7 @@ def test_so_many_models_are_trained_at_once_as_the_memory_of_an_accelerator_hold
     assert at_once(Accelerator({"bytes_limit": 100 * needed})) > 200
     limits = [share * needed for share in (0.1, 0.5, 1.0, 2.0, 5.0)]
     found = [at_once(Accelerator({"bytes_limit": limit})) for limit in limits]
-    assert found[0] == 1 and found == sorted(found) and found[-1] > 10
+    assert found[0] == 1 and found == sorted(found) and found[-1] > 8
     assert all(count == 1 or count * needed / 3 < limit for count, limit in zip(found, limits, strict=True))
     assert at_once(Accelerator(None)) == 1  # its memory is not known
 
