@@ -151,7 +151,7 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
             continue
         assert run([command, *rest, *options(command, rest)]) == 0
         ran.append(command)
-    assert ran.count("finetune") == 12 if has_scores else 10
+    assert ran.count("finetune") == (14 if has_scores else 12)
     assert {"pretrain", "evaluate", "prepare", "predict", "generate", "score", "augment"} <= set(ran)
     for file in ("config.toml", "metrics.jsonl", "results.json", "tokenizer.json", "checkpoints/2"):
         assert (folder / "runs" / "mine" / file).exists()
