@@ -87,12 +87,12 @@ class RowBatches:
     def of(
         rows: TokenRows, batch_size: int, fill: dict[str, int], shapes: int = 12, least: int | None = None
     ) -> "RowBatches":
-        """Batches of that size, or with a `least` one of some half of it and so on, a multiple of that, where there are
-        so few rows that a tenth would be padding."""
+        """Batches of that size. With a `least` one the size is halved, down to a multiple of that, while a tenth of the
+        tokens is padding because there are several batches, but fewer than `shapes`."""
         buckets = LengthBuckets(rows.lengths, batch_size, shapes)
-        while least and len(rows.lengths) > batch_size and batch_size % (2 * least) == 0:
-            if buckets.padding_share() < 0.1:
-                break
+        while (
+            least and batch_size % (2 * least) == 0 and 1 < buckets.batches < shapes and buckets.padding_share() > 0.1
+        ):
             batch_size //= 2
             buckets = LengthBuckets(rows.lengths, batch_size, shapes)
         return RowBatches(rows, buckets, fill)

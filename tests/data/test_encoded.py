@@ -176,6 +176,7 @@ def test_few_rows_of_mixed_lengths_may_come_in_smaller_batches():
 
     assert sizes(rows) == sizes(rows, least=16) == sizes(rows, least=3) == (16, [(16, 20)])
     assert sizes(rows, least=4) == (4, [(4, 2), (4, 20)])
+    assert sizes(rows, least=4, shapes=1) == (16, [(16, 20)])  # smaller ones would have no other length
     few = TokenRows.of([[1] * 2] * 8 + [[1] * 20] * 8)  # one batch: another shape would cost more than it saves
     assert sizes(few, least=1) == (16, [(16, 20)])
 
