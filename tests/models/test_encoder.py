@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from electrax.models import products
+from electrax.models import fused_norm, products
 from electrax.models.encoder import Block, Embeddings, Encoder, EncoderConfig, gelu, truncated_normal
 from electrax.models.masks import document_index, document_mask, document_positions, padding_mask
 from tests.fixtures.weights import random_params
@@ -425,9 +425,14 @@ def test_the_fused_residual_gives_the_plain_ones_results_dropout_on(monkeypatch)
     """Rows of 16 tokens, which the kernels take, of two documents each."""
     rows = jnp.tile(jnp.array([[CLS, 7, 8, 9, SEP, CLS, 5, 6]]), (2, 2)).at[1, 3].set(4)
     monkeypatch.setattr("tests.models.test_encoder.IDS", rows)
-    config, params = dataclasses.replace(TINY, width=32), random_params(shapes_of(dataclasses.replace(TINY, width=32)))
+    taken, kernel = [], fused_norm.norm_of_sum
+    monkeypatch.setattr(fused_norm, "norm_of_sum", lambda *given: taken.append(given[0].shape) or kernel(*given))
+    config = dataclasses.replace(TINY, width=32)
+    params = random_params(shapes_of(config))
     plain = value_and_grads(config, params)
+    assert not taken
     fused = value_and_grads(dataclasses.replace(config, residual="fused"), params)
+    assert set(taken) == {(2, 16, 32)}
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

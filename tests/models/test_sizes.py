@@ -8,7 +8,8 @@ import pytest
 
 from electrax.config import UserError, find_config, load
 from electrax.experiment.config import PretrainConfig, computed_in
-from electrax.models.flops import paper_step, pretraining_step
+from electrax.models.encoder import EncoderConfig
+from electrax.models.flops import encoder_forward, paper_step, pretraining_step
 from electrax.models.sizes import GeneratorConfig, ModelConfig, discriminator_shape, generator_shape
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
 
@@ -202,6 +203,17 @@ def test_matrix_flops_of_a_token_are_those_worked_out_by_hand(size, length, slot
     found = pretraining_step(*towers(ModelConfig(size=size)), 1, length, slots) / length / 1e6
     assert found == pytest.approx(a_token, rel=1e-4)
     assert found == pytest.approx({"small": 70.2, "base": 668.4, "large": 2169.8}[size], rel=1e-3)
+
+
+def test_where_the_last_layer_gives_one_tokens_state_the_products_of_the_others_are_not_counted():
+    """By hand, width 4, feed-forward 8, rows of 10: of a token and layer 96 for queries, keys and values, 160 for
+    scores and their sums, 32 for the output and 128 for the feed-forward; of the last layer nine tenths of the 320 are
+    left out.
+    """
+    small = EncoderConfig(vocab_size=9, layers=2, width=4, heads=2, feed_forward=8, embedding_width=4)
+    assert encoder_forward(small, 10) == 2 * (96 + 320)
+    assert encoder_forward(small, 10, first=1) == pytest.approx(2 * (96 + 320) - 288)
+    assert encoder_forward(small, 10, first=20) == 2 * (96 + 320)
 
 
 def test_attention_of_a_gpu_is_refused_for_a_type_or_a_width_that_it_has_not():

@@ -30,6 +30,13 @@ def make_task(kind="classes", **changes):
     return ClassifyTask(ENCODER, PAD, SEP, **KINDS[kind], **changes)
 
 
+def test_the_encoder_gives_the_state_of_cls_alone():
+    task = make_task()
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0), {"ids": np.ones((1, LENGTH), np.int32)}))
+    states = jax.eval_shape(task.hidden, params, jax.ShapeDtypeStruct((5, LENGTH), np.int32))
+    assert states.shape == (5, 1, ENCODER.width)
+
+
 # -- losses of given logits -------------------------------------------------------------------------------------------
 
 
