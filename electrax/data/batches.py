@@ -102,18 +102,19 @@ def _shuffled(key: tuple[int, ...], size: int) -> np.ndarray:
 
 class LengthBuckets:
     """Batches of rows of nearly one length: each row once an epoch, in as few shapes as keep the padding below 8 %, at
-    most in `most`.
+    most in `most`, whose lengths are multiples of `multiple`.
 
     The length of an epoch's j-th batch does not depend on the seed, only which rows of about that length it holds.
     """
 
-    def __init__(self, lengths: Int64[np.ndarray, " N"], batch_size: int, most: int = 12):
+    def __init__(self, lengths: Int64[np.ndarray, " N"], batch_size: int, most: int = 12, multiple: int = 1):
         self.lengths, self.batch_size = lengths, batch_size
         self.batches = -(-len(lengths) // batch_size)  # an epoch
         order = np.argsort(lengths, kind="stable")
         ends = np.minimum((np.arange(len(lengths)) // batch_size + 1) * batch_size, len(lengths))
         needed = np.empty_like(lengths)  # by the batch of each row, were all in order of length:
         needed[order] = lengths[order[ends - 1]]  # so buckets hold whole batches
+        needed = -(-needed // multiple) * multiple
         for count in range(1, most + 1):
             self.buckets = bucket_lengths(needed, count)
             self._bucket = np.searchsorted(self.buckets, needed)
@@ -152,16 +153,17 @@ class LengthBuckets:
 
 class PairBuckets(LengthBuckets):
     """As LengthBuckets, for rows of two texts [N, 2] that are padded apart, to at most `most` pairs of lengths: the
-    first texts to a third of them, and in each of these buckets the second texts to three."""
+    first texts to a third of them, and in each of these buckets the second texts to three. Of the second text one
+    token less is read, or predicted, than there are: that number is the multiple of `multiple`."""
 
-    def __init__(self, lengths: Int64[np.ndarray, "N 2"], batch_size: int, most: int = 12):
-        first = LengthBuckets(lengths[:, 0], batch_size, max(1, most // 3))
+    def __init__(self, lengths: Int64[np.ndarray, "N 2"], batch_size: int, most: int = 12, multiple: int = 1):
+        first = LengthBuckets(lengths[:, 0], batch_size, max(1, most // 3), multiple)
         self.lengths, self.batch_size, self.batches = lengths, batch_size, first.batches
         order = np.lexsort((lengths[:, 1], first._bucket))  # each bucket holds whole batches, and so do its parts:
         ends = np.minimum((np.arange(len(lengths)) // batch_size + 1) * batch_size, len(lengths))
         needed = np.empty((len(lengths), 2), np.int64)
         needed[:, 0] = first.buckets[first._bucket]
-        needed[order, 1] = lengths[order[ends - 1], 1]
+        needed[order, 1] = -(-(lengths[order[ends - 1], 1] - 1) // multiple) * multiple + 1
         for number in range(len(first.buckets)):
             inside = first._bucket == number
             second = bucket_lengths(needed[inside, 1], min(3, most))

@@ -112,7 +112,7 @@ def encode_chunks(directory: Path, chunks: Iterator[Chunk], workers: int) -> Ite
     """
     if workers == 0:
         first = list(itertools.islice(chunks, FEW + 1))
-        chunks, workers = itertools.chain(first, chunks), _cores() if len(first) > FEW else 1
+        chunks, workers = itertools.chain(first, chunks), cores() if len(first) > FEW else 1
     if workers == 1:
         tokenizer = Tokenizer.load(directory)
         for chunk in chunks:
@@ -138,7 +138,8 @@ def encode_chunks(directory: Path, chunks: Iterator[Chunk], workers: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -45,7 +45,13 @@ class TokenRows:
 
     @property
     def lengths(self) -> Int64[np.ndarray, " N"]:
-        return np.diff(self.starts).reshape(-1, self.group).max(axis=1)
+        """Of the longest text of each row."""
+        return self.text_lengths.reshape(-1, self.group).max(axis=1)
+
+    @property
+    def text_lengths(self) -> Int64[np.ndarray, " T"]:
+        """Of each text; a row is `group` of them."""
+        return np.diff(self.starts)
 
     def __len__(self) -> int:
         return (len(self.starts) - 1) // self.group
@@ -65,7 +71,7 @@ class TokenRows:
         """Those rows as arrays: tokens [B, (group,) length] int32 padded with `fill`, the fields, and `weight` [B]
         float32, which is 0 for the row -1: padding alone, with the fields of row 0."""
         texts = rows if self.group == 1 else rows[:, None] * self.group + np.arange(self.group)
-        lengths = np.where(texts < 0, 0, np.diff(self.starts)[texts])[..., None]
+        lengths = np.where(texts < 0, 0, self.text_lengths[texts])[..., None]
         within = np.arange(length)
         real = within < lengths
         places = np.where(real, self.starts[texts][..., None] + within, 0)
@@ -85,16 +91,22 @@ class RowBatches:
 
     @staticmethod
     def of(
-        rows: TokenRows, batch_size: int, fill: dict[str, int], shapes: int = 12, least: int | None = None
+        rows: TokenRows,
+        batch_size: int,
+        fill: dict[str, int],
+        shapes: int = 12,
+        least: int | None = None,
+        multiple: int = 1,
     ) -> "RowBatches":
-        """Batches of that size. With a `least` one the size is halved, down to a multiple of that, while a tenth of the
-        tokens is padding because there are several batches, but fewer than `shapes`."""
-        buckets = LengthBuckets(rows.lengths, batch_size, shapes)
+        """Batches of that size, `shapes` and `multiple` as in LengthBuckets. With a `least` one the size is halved,
+        down to a multiple of that, while a tenth of the tokens is padding because there are several batches, but fewer
+        than `shapes`."""
+        buckets = LengthBuckets(rows.lengths, batch_size, shapes, multiple)
         while (
             least and batch_size % (2 * least) == 0 and 1 < buckets.batches < shapes and buckets.padding_share() > 0.1
         ):
             batch_size //= 2
-            buckets = LengthBuckets(rows.lengths, batch_size, shapes)
+            buckets = LengthBuckets(rows.lengths, batch_size, shapes, multiple)
         return RowBatches(rows, buckets, fill)
 
     def train_batch(self, step: int, seed: int, part: slice) -> dict[str, np.ndarray]:

@@ -46,6 +46,10 @@ class PairRows:
     def lengths(self) -> Int64[np.ndarray, "N 2"]:
         return np.stack([self.source.lengths, self.target.lengths], axis=1)
 
+    @property
+    def text_lengths(self) -> Int64[np.ndarray, " T"]:
+        return self.lengths.ravel()
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -77,9 +81,10 @@ class PairBatches:
         batch_size: int,
         pads: tuple[int, int],
         most: int,
+        multiple: int = 1,
     ) -> "PairBatches":
         rows = PairRows(TokenRows.of(source), TokenRows.of(target))
-        return PairBatches(rows, PairBuckets(rows.lengths, batch_size, most), pads)
+        return PairBatches(rows, PairBuckets(rows.lengths, batch_size, most, multiple), pads)
 
     def train_batch(self, step: int, seed: int, part: slice) -> dict[str, np.ndarray]:
         rows, lengths = self.buckets.train_rows(step, seed)

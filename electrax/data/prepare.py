@@ -26,7 +26,7 @@ from electrax.data.outside import read_object
 from electrax.data.readers import END, Documents, LineReader, OnBadInput, Source, find_sources
 from electrax.data.rows import Layout, PackedRows, SegmentRows, Special, row_dtype
 from electrax.data.shards import ShardWriter
-from electrax.data.tokenizer import KINDS, Tokenizer
+from electrax.data.tokenizer import KINDS, Tokenizer, is_kind
 from electrax.storage import locked, on_this_machine, sync_directory, write_atomically
 
 MEGABYTE = 1_000_000
@@ -239,9 +239,7 @@ def _sha256(content: dict) -> str:
 
 def make_tokenizer(config: PrepareConfig, sources: list[Source]) -> Tokenizer:
     """The one that the config names, or a new one of that kind, trained on the sources."""
-    if config.tokenizer not in KINDS:
-        if not Path(config.tokenizer).exists():
-            raise UserError(f"tokenizer: expected one of {', '.join(KINDS)} or a path, not {config.tokenizer!r}")
+    if not is_kind(config.tokenizer):
         return Tokenizer.load(config.tokenizer, config.lowercase, config.strip_accents)
     items = LineReader(sources, config.on_bad_input).read()
     lines = (part for _, _, item in items if item is not END for part in split_long(item))

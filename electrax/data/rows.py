@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer, Shaped
+from jaxtyping import Int64, Shaped
 
 Layout = Literal["packed", "segments"]
 Document = tuple[int, array, list[int]]  # number, ids, how many of them each line has
@@ -225,15 +225,3 @@ class SegmentRows(_Builder):
         self._draws += 1
         digest = hashlib.blake2b(f"{self.seed} {document} {self._draws}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2**53
-
-
-def document_index(ids: Integer[np.ndarray, "*B L"], cls_id: int, pad_id: int) -> Int32[np.ndarray, "*B L"]:
-    """Which piece of a packed row each token belongs to: 1, 2, 3… by counting [CLS], 0 for padding."""
-    index = np.cumsum(ids == cls_id, axis=-1, dtype=np.int32)
-    return np.where(ids == pad_id, np.int32(0), index)
-
-
-def segment_ids(ids: Integer[np.ndarray, "*B L"], sep_id: int, pad_id: int) -> Int32[np.ndarray, "*B L"]:
-    """Token types of a sentence-pair row: 0 up to and including the first [SEP], then 1, and 0 for padding."""
-    seps_before = np.cumsum(ids == sep_id, axis=-1, dtype=np.int32) - (ids == sep_id)
-    return np.where((seps_before > 0) & (ids != pad_id), np.int32(1), np.int32(0))

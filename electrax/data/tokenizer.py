@@ -29,6 +29,15 @@ HUGGING_FACE_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE = "tokenizer.json", "toke
 Encoded = tuple[list[int], list[tuple[int, int]]]
 
 
+def is_kind(wanted: str, key: str = "tokenizer") -> bool:
+    """Whether a setting names a kind to train, not a tokenizer that is there. Raises UserError where it is neither."""
+    if wanted in KINDS:
+        return True
+    if not path_of(wanted).exists():
+        raise UserError(f"{key}: expected one of {', '.join(KINDS)} or a path, not {wanted!r}")
+    return False
+
+
 class Tokenizer:
     """One interface to a `tokenizers.Tokenizer` or a `sentencepiece.SentencePieceProcessor`.
 

@@ -55,6 +55,7 @@ class ExamplesConfig:
     doc_stride: int = 128  # tokens between the windows of a long context
     max_query: int = 64  # tokens of a question
     shapes: int = 12  # row lengths that are compiled
+    length_multiple: int = 0  # that they are multiples of; 0: of 16 for attention and residuals of a GPU alone, else 1
     tokenizer: str = "wordpiece"  # without init_from: one to train on the rows, or the path of one
     vocab_size: int = 8000
     lowercase: bool = True
@@ -65,6 +66,11 @@ class ExamplesConfig:
         if self.max_length < 8 or self.shapes < 1:
             found = f"{self.max_length} and {self.shapes}"
             raise UserError(f"data.max_length must be at least 8 and data.shapes at least 1, not {found}")
+        if self.length_multiple < 0 or (self.length_multiple and self.max_length % self.length_multiple):
+            raise UserError(
+                f"data.max_length must be a multiple of data.length_multiple, not {self.max_length} of "
+                f"{self.length_multiple}"
+            )
         if self.augment_rate <= 0:
             raise UserError(f"data.augment_rate must be above 0, not {self.augment_rate}")
         if not 0 < self.holdout < 1:

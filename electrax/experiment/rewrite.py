@@ -1,7 +1,6 @@
 """What a run that rewrites texts has beside the other fine-tunings: a decoder, and perhaps a second vocabulary."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from electrax.config import AnyPath, UserError
 from electrax.data.encoded import encode_pairs
 from electrax.data.examples import BadRows, TextExample
 from electrax.data.parallel import PairBatches
-from electrax.data.tokenizer import Tokenizer
+from electrax.data.tokenizer import Tokenizer, is_kind
 from electrax.experiment.config import DecoderConfig, FinetuneConfig
 from electrax.experiment.examples import ExamplesConfig, references, targets_of
 from electrax.experiment.rows import TaskRows, notes_of
@@ -27,12 +26,12 @@ TARGET_FOLDER = "target"  # in the work directory: the tokenizer of a target wit
 
 
 def target_tokenizer(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[TextExample]) -> Tokenizer:
-    """That of a run's targets: the source's, or where `decoder.tokenizer` names one, that; what is no path is trained
-    on the training targets, unless the run is there already."""
+    """That of a run's targets: the source's, or where `decoder.tokenizer` names one, that; a kind is trained on the
+    training targets, unless the run is there already."""
     wanted, folder = config.decoder.tokenizer, path_of(config.workdir) / TARGET_FOLDER
     if not wanted:
         return tokenizer
-    if pathlib.Path(wanted).exists():
+    if not is_kind(wanted, "decoder.tokenizer"):
         return Tokenizer.load(wanted, config.data.lowercase)
     if holds_run(config.workdir):
         return Tokenizer.load(folder)
@@ -89,7 +88,7 @@ def rewrite_rows(
         cut[name] = int(source_cut.sum())
         cut[f"{name} target"] = int(target_cut.sum())
         pads = tokenizer.pad_id, target.pad_id
-        batches[name] = PairBatches.of(sources, targets, batch_size, pads, config.shapes)
+        batches[name] = PairBatches.of(sources, targets, batch_size, pads, config.shapes, config.length_multiple or 1)
     ids = {"vocab_size": target.vocab_size, "cls": target.cls_id, "sep": target.sep_id, "pad": target.pad_id}
     ids |= {"tokenizer": target.sha256, "layers": decoder.layers, "weights": decoder.weights}
     head = {"classes": [], "metric": "bleu", "target": ids}

@@ -98,13 +98,14 @@ def classify_rows(
             fields["teacher"] = _taught(teacher, examples, classes, scale)
         rows = dataclasses.replace(rows, fields=fields)
         fill = {"ids": tokenizer.pad_id, "spans": 0}
-        batches[name] = RowBatches.of(rows, batch_size, fill, config.shapes, _least(name))
+        batches[name] = _batches(config, rows, batch_size, fill, name)
     return TaskRows(**batches, head=head, notes=notes_of(bad, cut, config.max_length))
 
 
-def _least(name: str) -> int | None:
-    """Rows that a batch of a small dev set may be cut down to. Several processes divide batches of one size."""
-    return jax.device_count() if name == "dev" and jax.process_count() == 1 else None
+def _batches(config: ExamplesConfig, rows: TokenRows, batch_size: int, fill: dict[str, int], name: str) -> RowBatches:
+    """Those of a small dev set may be cut down to a row a device; several processes divide batches of one size."""
+    least = jax.device_count() if name == "dev" and jax.process_count() == 1 else None
+    return RowBatches.of(rows, batch_size, fill, config.shapes, least, config.length_multiple or 1)
 
 
 def template_words(outputs: HeadConfig, classes: Sequence[str]) -> tuple[str, ...]:
@@ -238,7 +239,7 @@ def tag_rows(
     batches = {}
     for name, examples in {"train": train, "dev": dev}.items():
         good = [e for e in examples if _has_tags(e, tags, scheme, bad)]
-        batches[name] = _tag_batches(config, tokenizer, good, tags, scheme, batch_size, _least(name)) if good else None
+        batches[name] = _tag_batches(config, tokenizer, good, tags, scheme, batch_size, name) if good else None
     bad.close(config.path)
     head = {"classes": list(tags), "scheme": scheme, "metric": "f1" if scheme else "accuracy"}
     notes = notes_of(bad, {}, config.max_length)
@@ -263,14 +264,14 @@ def _tag_batches(
     tags: Sequence[str],
     scheme: str | None,
     batch_size: int,
-    least: int | None,
+    name: str,
 ) -> RowBatches:
     words = [e.words for e in examples]
     rows = kept(
         lambda: encode_words(tokenizer, words, config.max_length), "words", tokenizer.sha256, config.max_length, words
     )
     rows = with_labels(rows, label_words(examples, tags, scheme))
-    return RowBatches.of(rows, batch_size, word_padding(tokenizer.pad_id), config.shapes, least)
+    return _batches(config, rows, batch_size, word_padding(tokenizer.pad_id), name)
 
 
 # -- question answering ------------------------------------------------------------------------------------------------
@@ -299,8 +300,7 @@ def answer_rows(
         for row in made.bad:
             bad.add(row.where, row.kind, row.message)
         fill = {"ids": tokenizer.pad_id}
-        sizes = batch_size, fill, config.shapes, _least(name)
-        batches[name] = RowBatches.of(made.rows, *sizes) if len(made.rows) else None
+        batches[name] = _batches(config, made.rows, batch_size, fill, name) if len(made.rows) else None
         windows[name] = made
     bad.close(config.path)
     head = {"classes": [], "null_threshold": null_threshold, "metric": "f1"}

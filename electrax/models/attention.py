@@ -49,7 +49,9 @@ def dot_product_attention(
     may attend to nothing returns an unspecified finite value. Dropout on the weights takes the plain path, as
     does what is `fused` in SelfAttention. It is that of `queries`, of which q may hold the first T alone.
     """
-    if implementation in ("xla", "cudnn") and (seed is None or dropout_rate == 0.0):
+    # cuDNN's gradient under a mask wants even lengths
+    is_odd = implementation == "cudnn" and seed is not None and (q.shape[1] % 2 or k.shape[1] % 2)
+    if implementation in ("xla", "cudnn") and (seed is None or dropout_rate == 0.0) and not is_odd:
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # cuDNN wants real query and key axes
         operands = (x.astype(dtype) for x in (q, k, v))
         mixed = jax.nn.dot_product_attention(*operands, mask=full, implementation=implementation)

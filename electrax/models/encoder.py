@@ -76,8 +76,16 @@ class EncoderConfig:
     remat_keep: Literal["nothing", "products"] = "nothing"
 
     def __post_init__(self):
+        sizes = self.width, self.heads, self.feed_forward, self.embedding_width, self.max_length
+        if self.layers < 0 or min(sizes) < 1:
+            raise ValueError("layers must not be negative, and widths, heads and max_length at least 1")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        if not (0 <= self.dropout < 1 and 0 <= self.attention_dropout < 1):
+            raise ValueError(
+                "dropout and attention_dropout must be at least 0 and below 1, not "
+                f"{self.dropout} and {self.attention_dropout}"
+            )
         if self.traits.rotary and self.width // self.heads % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.width // self.heads}")
         if self.attention in GPU_ATTENTION:

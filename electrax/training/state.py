@@ -33,12 +33,6 @@ class TrainState:
     opt_state: Any
 
 
-def abstract_params(task: Task, batch: Batch, mesh: Mesh) -> Params:
-    """Shapes, dtypes and shardings of a task's parameters, without computing anything."""
-    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), batch))
-    return jax.tree.map(_placed, shapes, params_sharding(shapes, mesh))
-
-
 def _placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from electrax.data.batches import LengthBuckets, bucket_lengths, eval_batches, permuted, train_rows
+from electrax.data.batches import LengthBuckets, PairBuckets, bucket_lengths, eval_batches, permuted, train_rows
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 10, 17, 100, 1023, 1024, 1025])
@@ -120,6 +120,18 @@ def test_batches_have_the_lengths_with_which_rows_in_order_of_length_are_padded_
     assert len({length for _, length in batches}) == count
     assert sum(length * int((rows >= 0).sum()) for rows, length in batches) == padded
     assert all(length >= LENGTHS[rows[rows >= 0]].max() for rows, length in batches)
+
+
+def test_lengths_of_batches_are_multiples_where_they_are_asked_for():
+    batches = epoch(LengthBuckets(LENGTHS, 20, 4, multiple=16), 0, seed=0)
+    assert {length % 16 for _, length in batches} == {0} and len({length for _, length in batches}) > 1
+    assert all(length >= LENGTHS[rows[rows >= 0]].max() for rows, length in batches)
+
+
+def test_a_target_of_multiples_has_one_token_more_than_is_predicted():
+    lengths = np.array([[3, 5], [20, 17], [9, 18], [4, 2]])
+    found = [pair for _, pair in PairBuckets(lengths, 1, 12, multiple=16).eval_rows()]
+    assert sorted(found) == [(16, 17), (16, 17), (16, 33), (32, 17)]
 
 
 def test_the_length_of_a_batch_does_not_depend_on_the_seed_but_its_rows_do():

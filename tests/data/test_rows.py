@@ -3,7 +3,7 @@ from array import array
 import numpy as np
 import pytest
 
-from electrax.data.rows import PackedRows, SegmentRows, Special, document_index, row_dtype, segment_ids
+from electrax.data.rows import PackedRows, SegmentRows, Special, row_dtype
 
 PAD, CLS, SEP = 0, 1, 2
 SPECIAL = Special(PAD, CLS, SEP)
@@ -69,18 +69,6 @@ def test_packed_does_not_depend_on_how_documents_arrive_nor_on_resuming(size):
             carry = builder.carry()
     builder.finish()
     assert rows + builder.take().tolist() == packed(8, documents).tolist()
-
-
-def test_document_index_counts_pieces_and_is_zero_on_padding():
-    row = np.array([[CLS, 9, SEP, CLS, 8, 7, SEP, PAD]], np.uint16)
-    index = document_index(row, CLS, PAD)
-    assert index.tolist() == [[1, 1, 1, 2, 2, 2, 2, 0]] and index.dtype == np.int32
-
-
-def test_segment_ids_are_one_after_the_first_sep():
-    rows = np.array([[CLS, 9, SEP, 8, 7, SEP, PAD], [CLS, 9, 8, 7, SEP, PAD, PAD]], np.uint16)
-    types = segment_ids(rows, SEP, PAD)
-    assert types.tolist() == [[0, 0, 0, 1, 1, 1, 0], [0] * 7] and types.dtype == np.int32
 
 
 class Scripted(SegmentRows):

@@ -36,6 +36,12 @@ def test_plain_attention_is_the_references_with_minus_ten_thousand(mask):
     np.testing.assert_allclose(attend(MASKS[mask]), reference(MASKS[mask]), rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_of_odd_lengths_is_not_left_to_cudnn_which_has_none():
+    first, mask = Q[:, :1], MASKS["padded"]
+    call = functools.partial(dot_product_attention, first, KEYS, V, mask, seed=SEEDS, queries=L)
+    assert (call(implementation="cudnn") == call(implementation="plain")).all()
+
+
 @pytest.mark.parametrize("implementation", ["plain", "xla"])
 def test_a_masked_key_has_weight_exactly_zero(implementation):
     call = jax.jit(dot_product_attention, static_argnames="implementation")

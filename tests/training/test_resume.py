@@ -18,10 +18,11 @@ import pytest
 from electrax.config import build, to_toml
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import PretrainConfig, read_config
-from electrax.experiment.pretrain import make_task
+from electrax.experiment.pretrain import make_task, set_up
 from electrax.training.checkpoint import restore_newest
 from electrax.training.optim import make_optimizer
 from electrax.training.state import abstract_state
+from tests.fixtures.compilations import compilations
 
 STEPS = 120
 LOGGED = list(range(5, STEPS + 1, 5))
@@ -188,6 +189,19 @@ def test_the_finished_run_repeated_evaluates_again_and_changes_nothing(folder, s
     finish(start(folder, "straight"))
     assert lines(straight) == before
     assert (straight / "results.json").read_text() == results
+
+
+def test_nothing_compiles_late_where_some_steps_are_taken_one_by_one(tiny, tmp_path):
+    every = {"checkpoint": {"every": 4}, "eval": {"every": 4, "rows": 8}, "log": {"every": 4}}
+    values = tiny.values(workdir=str(tmp_path), steps=5, steps_per_dispatch=2, **every)
+    run = set_up(build(PretrainConfig, values, "the test"))
+    run.memory()
+    counts = {}
+    with compilations() as seconds:
+        for record in run.train():
+            counts[record.step] = len(seconds)
+    run.checkpoints.close()
+    assert set(counts) == {4, 5} and counts[4] == counts[5]
 
 
 def test_steps_in_one_dispatch_give_the_bits_of_single_ones(folder):
