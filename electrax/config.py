@@ -33,6 +33,12 @@ class UserError(Exception):
         super().__init__(line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "…")
 
 
+def check_seed(seed: int, seeds: int = 1) -> None:
+    """Raises UserError where one of `seeds` seeds from that on is no 32 bits without a sign."""
+    if not 0 <= seed <= 2**32 - seeds:
+        raise UserError(f"seed must lie between 0 and {2**32 - seeds}, not {seed}")
+
+
 def _escaped(match: re.Match) -> str:
     return match[0].encode("unicode_escape").decode()
 

@@ -9,7 +9,9 @@ import pytest
 
 import electrax
 from electrax import cli
-from electrax.config import UserError
+from electrax.config import UserError, build
+from electrax.experiment import augment
+from electrax.experiment.examples import ExamplesConfig, read_examples
 from tests.fixtures.finetuning import (
     REVIEWS,
     call,
@@ -203,7 +205,22 @@ def test_generate_writes_a_json_line_for_each_sample(causal, tmp_path):
     source = write(tmp_path / "prompts.txt", "the film\n\n" + "the cat " * 40 + "\n")
     first, empty, long = map(json.loads, call("generate", causal, "--input", source, "--temperature=0")[1].splitlines())
     assert set(first) == {"prompt", "text", "reason", "log_probability"}
-    assert "line 2" in empty["error"] and "line 3" in long["error"] and "the model takes" in long["error"]
+    assert "line 2" in empty["error"] and "line 3" in long["error"] and "expected at most 14" in long["error"]
+
+
+def test_equal_prompts_are_continued_by_their_number_however_they_are_given(causal, tmp_path):
+    words = ["--max_tokens=6", "--seed=3"]
+    given = call("generate", causal, "--prompt", '["the film", "who", "the film"]', *words)[1]
+    source = write(tmp_path / "prompts.txt", "the film\nwho\nthe film\n")
+    assert call("generate", causal, "--input", source, *words)[1] == given
+    texts = [json.loads(line)["text"] for line in given.splitlines()]
+    assert texts[0] != texts[2]
+
+
+def test_a_prompt_that_is_too_long_does_not_keep_the_others_back(causal):
+    prompts = json.dumps(["the cat " * 40, "the film"])
+    long, first = map(json.loads, call("generate", causal, "--prompt", prompts, "--max_tokens=2")[1].splitlines())
+    assert "prompt 0: expected at most 14 tokens, found 80" in long["error"] and first["prompt"] == "the film"
 
 
 def test_score_gives_perplexities_and_originalities_of_lines_or_of_a_whole_file(causal, tmp_path):
@@ -255,6 +272,15 @@ def test_new_examples_keep_the_format_of_the_old_ones_and_say_what_they_were_mad
         assert row["label"] == labels[old] and row["text"] != old and row["origin"] == "replace"
     call(*words, "--per_row=2", "--share=0.3", "--keep=0.5")
     assert made == [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+
+
+def test_no_new_example_is_made_of_a_row_that_fine_tuning_holds_out(tmp_path):
+    rows = write_rows(tmp_path / "grades.csv", [(text, str(n % 5)) for n, (text, _) in enumerate(REVIEWS)])
+    asked = {"kind": "number", "data": {"holdout": 0.25}}
+    values = asked | {"dataset": str(rows), "out": str(tmp_path / "new.jsonl"), "generator": "unread"}
+    taken = {row.texts for row in augment._examples(build(augment.AugmentConfig, values, "the test"))}
+    trained, held_out, _ = read_examples(ExamplesConfig(path=str(rows), holdout=0.25), "number")
+    assert taken == {row.texts for row in trained} and taken.isdisjoint(row.texts for row in held_out)
 
 
 def test_fine_tuning_mixes_new_examples_in_at_the_rate_that_is_stated(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from electrax.config import UserError
+from electrax.config import UserError, check_seed
 from electrax.data.examples import TextExample
 from electrax.data.glue import GLUE
 from electrax.experiment.examples import ExamplesConfig, read_examples
@@ -42,9 +42,12 @@ class AugmentConfig:
     keep: float = 1.0  # share of the new texts that is kept, those that look most original
     discriminator: str = ""  # to which; default: the generator's own model
     seed: int = 0
+    # of the labels, as in fine-tuning, which holds the same rows out: head.kind, or text for a translation
+    kind: Literal["classes", "labels", "number", "choice", "text"] = "classes"
     data: ExamplesConfig = ExamplesConfig()
 
     def __post_init__(self):
+        check_seed(self.seed)
         if not self.out or not self.generator:
             raise UserError("augment: expected --out FILE and --generator MODEL")
         if self.is_labelled == self.out.endswith(".txt"):
@@ -102,7 +105,7 @@ def _examples(config: AugmentConfig) -> list[TextExample]:
             raise UserError(f"{config.dataset}: expected a text a line, found none")
         return rows
     data = dataclasses.replace(config.data, path=config.dataset)
-    rows, _, bad = read_examples(data)
+    rows, _, bad = read_examples(data, config.kind)
     bad.close(config.dataset)
     return rows
 

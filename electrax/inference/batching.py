@@ -1,14 +1,17 @@
 """Texts of mixed lengths in few shapes with little padding, on all cores."""
 
-import os
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Bool, Int, Int64
 
+from electrax.data.encode import cores
+
+log = logging.getLogger("electrax")
 # tokens a row is padded to on a CPU; beyond: multiples of 512
 LADDER = (*range(8, 128, 8), *range(128, 256, 32), *range(256, 513, 64))
 ACCELERATOR_LADDER = (32, 64, 96, 128, 192, 256, 384, 512)  # a program takes an accelerator longer to compile
@@ -26,7 +29,7 @@ def batch_tokens() -> int:
 def at_a_time() -> int:
     """Batches: on a CPU one a core, as cores that share the small products of one wait for each other; elsewhere one
     runs while the next is put together."""
-    return os.cpu_count() or 1 if jax.default_backend() == "cpu" else 2
+    return cores() if jax.default_backend() == "cpu" else 2
 
 
 def ladder() -> tuple[int, ...]:
@@ -79,6 +82,12 @@ def pad(
         if number >= 0:
             out[place, : len(rows[number])] = rows[number]
     return out
+
+
+def warn_of_cut(cut: Bool[np.ndarray, " N"], most: int) -> None:
+    """Says how many rows lost tokens."""
+    if cut.any():
+        log.warning("%d of %d texts longer than %d tokens were cut", cut.sum(), len(cut), most)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from electrax.config import UserError
 from electrax.data.encoded import encode_pairs
 from electrax.data.examples import check_texts
 from electrax.data.tokenizer import Tokenizer
-from electrax.inference.batching import compiled, run_by_length, warm_up
+from electrax.inference.batching import compiled, run_by_length, warm_up, warn_of_cut
 from electrax.tasks.base import Params
 from electrax.tasks.classify import ClassifyTask
 
@@ -38,7 +38,8 @@ class Classifier:
 
     def logits(self, rows: Sequence[tuple[str, ...]]) -> Float[np.ndarray, "N C"]:
         """The head's outputs for rows of one or two texts; of a pair that is too long the longer text is cut."""
-        ids, _ = encode_pairs(self.tokenizer, rows, self.max_length)
+        ids, cut = encode_pairs(self.tokenizer, rows, self.max_length)
+        warn_of_cut(cut, self.max_length)
         out = np.zeros((len(ids), self.task.outputs), np.float32)
         forward = functools.partial(self._forward, self.params)
         for numbers, logits in run_by_length(forward, [(ids, self.tokenizer.pad_id)], self.max_length):

@@ -66,10 +66,11 @@ class CausalModel:
         samples: int = 1,
         stop: Sequence[str] = (),
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Continuation]]:
         """For each prompt `samples` continuations of at most `max_tokens` tokens, fewer where the model has no more
-        positions. Sample s of prompt p depends on (seed, p, s) alone. A prompt may be empty; one that leaves no
-        position is a UserError."""
+        positions. Sample s of prompt p depends on (seed, p, s) alone; `numbers` are the prompts' p, by default from 0
+        on. A prompt may be empty; one that leaves no position is a UserError."""
         if isinstance(prompts, str):
             raise UserError("generate: expected a list of prompts, not one text")
         if max_tokens < 1 or samples < 1:
@@ -81,13 +82,13 @@ class CausalModel:
                     f"generate: prompt {number} has {len(row) - 1} tokens, but the model takes "
                     f"{self.max_length - 2} and one to write"
                 )
-        key = jax.random.key(seed)
+        key, named = jax.random.key(seed), range(len(rows)) if numbers is None else numbers
         todo = [(p, s) for p in sorted(range(len(rows)), key=lambda p: len(rows[p])) for s in range(samples)]
         found: list[list[Continuation]] = [[None] * samples for _ in rows]  # type: ignore[list-item]
         for place in range(0, len(todo), ROWS):
             some = todo[place : place + ROWS]
             keys = jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(
-                *(jnp.array(numbers, jnp.uint32) for numbers in zip(*some, strict=True))
+                jnp.array([named[p] for p, _ in some], jnp.uint32), jnp.array([s for _, s in some], jnp.uint32)
             )
             decoded = self._continue([rows[p] for p, _ in some], keys, max_tokens, sampling)
             for (p, s), ids, length, score in zip(some, *decoded, strict=True):

@@ -225,8 +225,6 @@ class PretrainedModel:
     def fill(self, text: str, candidates: int = 5) -> list[list[Candidate]]:
         """For each mask token in the text (its name in the vocabulary, as "[MASK]"), the likeliest tokens."""
         self._check_fills("fill")
-        if self.generator is None:
-            raise UserError("fill: this model has no generator")
         ids, _ = self.tokenizer.encode(text, allow_special=True)
         row = self._row(ids)
         slots = np.flatnonzero(np.asarray(row) == self.tokenizer.mask_id)
@@ -262,6 +260,8 @@ class PretrainedModel:
         return TemplateClassifier(self.params, self.tokenizer, task, self.max_length, words, template).predict(texts)
 
     def _check_fills(self, what: str) -> None:
+        if self.generator is None:
+            raise UserError(f"{what}: this model has no generator")
         if self.generator_kind in ("two_tower", "causal"):
             name = self.generator_kind.replace("_", "-")
             raise UserError(f"{what}: a {name} generator predicts no masked-out tokens")

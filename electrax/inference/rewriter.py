@@ -1,7 +1,6 @@
 """A fine-tuned model that writes one text from another: a translator, a summariser."""
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -12,11 +11,9 @@ from electrax.config import UserError
 from electrax.data.encoded import encode_pairs
 from electrax.data.examples import check_texts
 from electrax.data.tokenizer import Tokenizer
-from electrax.inference.batching import compiled, run_by_length
+from electrax.inference.batching import compiled, run_by_length, warn_of_cut
 from electrax.tasks.base import Params
 from electrax.tasks.rewrite import RewriteTask
-
-log = logging.getLogger("electrax")
 
 
 class Candidate(NamedTuple):
@@ -66,8 +63,7 @@ class Rewriter:
             raise UserError(f"rewrite: {beams} beams are more than the {self.target.vocab_size} tokens there are")
         check_texts("rewrite", "row", ((text,) for text in texts))
         rows, cut = encode_pairs(self.tokenizer, [(text,) for text in texts], self.max_length)
-        if cut.any():
-            log.warning("%d of %d texts longer than %d tokens were cut", cut.sum(), len(texts), self.max_length)
+        warn_of_cut(cut, self.max_length)
         forward = functools.partial(self._rewrite(beams, n_best), self.params)
         found: list[list[Candidate]] = [[] for _ in texts]
         for numbers, decoded in run_by_length(forward, [(rows, self.tokenizer.pad_id)], self.max_length):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from electrax.data.templates import check_template, fill_templates
 from electrax.data.tokenizer import Tokenizer
-from electrax.inference.batching import run_by_length
+from electrax.inference.batching import run_by_length, warn_of_cut
 from electrax.inference.classifier import Classifier
 from electrax.tasks.base import Params
 from electrax.tasks.template import TemplateTask
@@ -43,7 +43,8 @@ class TemplateClassifier(Classifier):
 
     def logits(self, rows: Sequence[tuple[str, ...]]) -> Float[np.ndarray, "N C"]:
         """How original each class's word looks with rows of one or two texts; long texts are cut, the template not."""
-        ids, spans, _ = fill_templates(self.tokenizer, rows, self.words, self.template, self.max_length)
+        ids, spans, cut = fill_templates(self.tokenizer, rows, self.words, self.template, self.max_length)
+        warn_of_cut(cut, self.max_length)
         out = np.zeros(len(ids), np.float32)
         columns = ((ids, self.tokenizer.pad_id), (spans, 0))
         for numbers, found in run_by_length(functools.partial(self._forward, self.params), columns, self.max_length):

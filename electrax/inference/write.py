@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from electrax.config import UserError
+from electrax.config import UserError, check_seed
 from electrax.data.examples import BadRow, TextExample
 from electrax.inference.generation import CausalModel
 from electrax.inference.model import PretrainedModel
@@ -33,6 +33,7 @@ class GenerateConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_seed(self.seed)
         if bool(self.prompt) == bool(self.input):
             raise UserError("generate: expected either --prompt TEXT or --input FILE")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -64,28 +65,20 @@ def generate_lines(model: PretrainedModel, config: GenerateConfig) -> Iterator[s
     causal = model.causal("generate")
     if config.top_k > causal.config.vocab_size:
         raise UserError(f"generate: top_k {config.top_k} is more than the {causal.config.vocab_size} tokens there are")
-    if config.prompt:
-        found = causal.generate(config.prompt, config.max_tokens, sampling, config.samples, config.stop, config.seed)
-        rows: Iterator[Any] = zip(config.prompt, found, strict=True)
-    else:
-        rows = _continued(causal, config, sampling)
-    for prompt, continuations in rows:
-        if isinstance(prompt, BadRow):
-            yield json.dumps({"error": f"{prompt.where}: {prompt.message}"}, ensure_ascii=False)
-        for continuation in continuations:
-            yield json.dumps({"prompt": prompt, **continuation._asdict()}, ensure_ascii=False)
-
-
-def _continued(causal: CausalModel, config: GenerateConfig, sampling: Sampling) -> Iterator[tuple[Any, Sequence[Any]]]:
-    for row in read_texts(config.input):
-        if isinstance(row, BadRow):
-            yield row, ()
-            continue
-        try:
-            options = (config.max_tokens, sampling, config.samples, config.stop, config.seed)
-            yield row.texts[0], causal.generate([row.texts[0]], *options)[0]
-        except UserError as error:
-            yield BadRow(row.where, "prompt", str(error)), ()
+    given = (TextExample(f"prompt {n}", (text,), None) for n, text in enumerate(config.prompt))
+    rows = (_fitting(model, row) for row in (given if config.prompt else read_texts(config.input)))
+    number = 0
+    for some in gathered(rows, ROWS, config.input):
+        prompts = [(number + n, row.texts[0]) for n, row in enumerate(some) if not isinstance(row, BadRow)]
+        options = (config.max_tokens, sampling, config.samples, config.stop, config.seed)
+        found = iter(causal.generate([text for _, text in prompts], *options, numbers=[n for n, _ in prompts]))
+        for row in some:
+            if isinstance(row, BadRow):
+                yield _error(row)
+                continue
+            for continuation in next(found):
+                yield json.dumps({"prompt": row.texts[0], **continuation._asdict()}, ensure_ascii=False)
+        number += len(some)
 
 
 def score_lines(model: PretrainedModel, config: ScoreConfig) -> Iterator[str]:
@@ -94,12 +87,13 @@ def score_lines(model: PretrainedModel, config: ScoreConfig) -> Iterator[str]:
     if config.whole:
         yield json.dumps(_likelihood(model.causal("score"), _whole(config.input), config.stride))
         return
-    rows = (row if isinstance(row, BadRow) else _fitting(model, config, row) for row in read_texts(config.input))
+    rows = read_texts(config.input)
+    if config.by != "perplexity":  # which reads a long text in windows
+        rows = (_fitting(model, row) for row in rows)
     for some in gathered(rows, ROWS, config.input):
         found = iter(_scores(model, config, [row.texts[0] for row in some if not isinstance(row, BadRow)]))
         for row in some:
-            scored = {"error": f"{row.where}: {row.message}"} if isinstance(row, BadRow) else next(found)
-            yield json.dumps(scored, ensure_ascii=False)
+            yield _error(row) if isinstance(row, BadRow) else json.dumps(next(found), ensure_ascii=False)
 
 
 def _whole(source: str) -> str:
@@ -112,11 +106,16 @@ def _whole(source: str) -> str:
     return "\n".join(lines)
 
 
-def _fitting(model: PretrainedModel, config: ScoreConfig, row: TextExample) -> TextExample | BadRow:
-    tokens = len(model.tokenizer.encode_batch([row.texts[0]])[0])
-    if config.by == "perplexity" or tokens <= model.max_length - 2:
+def _fitting(model: PretrainedModel, row: TextExample | BadRow) -> TextExample | BadRow:
+    """The row, or in the place of a text that is too long for the model what is wrong with it."""
+    most = model.max_length - 2
+    if isinstance(row, BadRow) or (tokens := len(model.tokenizer.encode_batch([row.texts[0]])[0])) <= most:
         return row
-    return BadRow(row.where, "long text", f"expected at most {model.max_length - 2} tokens, found {tokens}")
+    return BadRow(row.where, "long text", f"expected at most {most} tokens, found {tokens}")
+
+
+def _error(row: BadRow) -> str:
+    return json.dumps({"error": f"{row.where}: {row.message}"}, ensure_ascii=False)
 
 
 def _scores(model: PretrainedModel, config: ScoreConfig, texts: list[str]) -> list[dict[str, Any]]:

@@ -385,6 +385,14 @@ def test_an_electric_discriminator_cannot_classify(model):
         electric.classify(["the cat"], ["red", "blue"])
 
 
+@pytest.mark.parametrize("ask", [lambda m: m.fill("a [MASK]"), lambda m: m.pseudo_log_likelihood(["the cat"]),
+                                 lambda m: m.replace(["the cat"])])  # fmt: skip
+def test_a_discriminator_alone_predicts_no_token(model, ask):
+    alone = PretrainedModel(model.params, model.tokenizer, None, model.discriminator, LENGTH)
+    with pytest.raises(UserError, match="this model has no generator"):
+        ask(alone)
+
+
 # -- masked LM alone --------------------------------------------------------------------------------------------------
 
 
