@@ -34,6 +34,9 @@ JAX_NUM_PROCESSES, JAX_PROCESS_ID). --heartbeat_seconds 100: after so long a pro
 
 # a full disk, a quota, a file too large for it, a directory that is read-only or another user's
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+OUT_OF_MEMORY = (
+    "the device has too little memory; expected a smaller optimizer.microbatch, batch_size or data.max_length"
+)
 TRAINING = ("pretrain", "finetune", "evaluate")  # commands that several processes may run together
 
 
@@ -55,6 +58,11 @@ def main() -> None:
         # the reader of our output, `head` say, has gone; Python must not fail again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except RuntimeError as error:
+        if debug or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"electrax: {OUT_OF_MEMORY}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if debug or error.errno not in STORAGE:
             raise
@@ -113,7 +121,7 @@ def _join_others(arguments: Sequence[str]) -> list[str]:
 
 def _positional(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words before the first --option, and the rest."""
-    first = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    first = next((i for i, word in enumerate(arguments) if word.startswith("--") or word == "-h"), len(arguments))
     return list(arguments[:first]), list(arguments[first:])
 
 
@@ -138,6 +146,8 @@ def use_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:
         try:
             jax.config.update("jax_compilation_cache_dir", str(own_cache("jax")))
+            # by JAX's default only what took a second is kept, which of prediction's many small programs few do
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         except (OSError, UserError) as error:
             logging.getLogger("electrax").warning("compiled programs are not kept: %s", error)
 
@@ -215,7 +225,7 @@ def _is_glue(arguments: Sequence[str]) -> bool:
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     from electrax.config import load
-    from electrax.experiment.config import FinetuneConfig, PretrainConfig, read_config
+    from electrax.experiment.config import FinetuneConfig, PretrainConfig, check_evaluated, read_config
     from electrax.experiment.run import CONFIG_FILE
     from electrax.storage import path_of
 
@@ -228,6 +238,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     if _help(kind, f"electrax evaluate {names[0]}", arguments):
         return 0
     config = load(kind, path_of(names[0]) / CONFIG_FILE, [*options, f"--workdir={names[0]}"])
+    check_evaluated(config)
     use_compilation_cache()
     from electrax.report import finetune, pretrain
 
@@ -256,7 +267,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     if config is None:
         return 0
     use_compilation_cache()
-    from electrax.experiment.finetune import text_columns
+    from electrax.experiment.finetuned import text_columns
     from electrax.experiment.saved import load
     from electrax.inference.predict import predict_lines
 

@@ -12,6 +12,7 @@ import runpy
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -129,6 +130,8 @@ def trained(folder, prepared):
             ["pretrain", "RUN", "--workdir", "w", "--model.residual", "fused"],
             "model.residual fused needs an NVIDIA GPU, not a cpu; expected plain",
         ),
+        (["pretrain", "RUN", "--workdir", "w", "--seed", "4294967296"], "seed must lie between 0 and 4294967295"),
+        (["pretrain", "RUN", "--workdir", "w", "--eval.rows", "-1"], "eval.rows must be at least 1, or 0 for all rows"),
         (["prepare", "a.txt"], "prepare: expected TEXT… --out DIR"),
         (["prepare", "gone.txt", "--out", "w"], "gone.txt"),
         (["evaluate", "gone"], "gone/config.toml: no such file; expected the work directory of an electrax run"),
@@ -170,6 +173,17 @@ def test_storage_that_takes_no_more_is_one_line(monkeypatch, capsys, number, tol
     monkeypatch.setattr(cli, "run", full)
     status, _, error = main(monkeypatch, capsys, "pretrain", "tiny")
     assert (status, error) == (2, f"electrax: runs/a/metrics.jsonl: {told}; what was saved is whole\n")
+
+
+def test_a_device_without_memory_is_one_line(monkeypatch, capsys):
+    def full(arguments):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."
+        )
+
+    monkeypatch.setattr(cli, "run", full)
+    status, _, error = main(monkeypatch, capsys, "pretrain", "tiny")
+    assert (status, error.count("\n")) == (2, 1) and "expected a smaller optimizer.microbatch" in error
 
 
 def test_another_fault_of_the_system_is_shown_as_it_is(monkeypatch):
@@ -305,6 +319,17 @@ def test_evaluate_prints_the_figures_of_the_results(trained):
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
+def test_evaluate_takes_prepared_text_alone_and_refuses_what_it_cannot_change(trained, folder):
+    files = sorted(trained[0].rglob("*"))
+    with pytest.raises(UserError, match="text.txt: expected a directory that electrax prepare wrote"):
+        call("evaluate", trained[0], "--data.path", folder / "text.txt")
+    with pytest.raises(UserError, match="model.layers 1: the model was trained with 2, which evaluate cannot change"):
+        call("evaluate", trained[0], "--model.layers=1")
+    with pytest.raises(UserError, match="batch_size 9 does not divide over 8 devices"):
+        call("evaluate", trained[0], "--batch_size=9")
+    assert sorted(trained[0].rglob("*")) == files
+
+
 def test_evaluate_without_a_checkpoint_is_an_error(trained, tmp_path):
     for name in ("config.toml", "tokenizer.json"):
         shutil.copy(trained[0] / name, tmp_path / name)
@@ -377,9 +402,21 @@ def test_the_shipped_config_of_the_help_text_exists():
     assert find_config("tiny", "pretrain").is_file()
 
 
-def test_compiled_programs_are_not_taken_from_a_cache_that_others_can_write_into(tmp_path, monkeypatch, caplog):
-    import jax
+def test_programs_that_compile_in_a_moment_are_kept_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        for name, value in zip(names, (None, 1.0), strict=True):
+            jax.config.update(name, value)
+        cli.use_compilation_cache()
+        assert jax.config.jax_persistent_cache_min_compile_time_secs <= 0.1
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
 
+
+def test_compiled_programs_are_not_taken_from_a_cache_that_others_can_write_into(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
     try:

@@ -93,6 +93,10 @@ def trained(folder):
             "finetune squad1 --data.path REVIEWS --data.format conll",
             "conll: the task answer reads squad or mrqa or table",
         ),
+        ("finetune csv --data.path DEV --data.tokenizer gone.json", "data.tokenizer: expected one of wordpiece, bpe, "),
+        ("finetune csv --data.path DEV --seed -1", "seed must lie between 0 and 4294967295, not -1"),
+        ("finetune csv --data.path DEV --model.dropout 1", "[model] dropout and attention_dropout must be at least 0 "),
+        ("finetune csv --data.path DEV --model.heads -2", "[model] layers must not be negative, and widths, heads "),
         ("finetune csv --data.path REVIEWS --data.format conll", "conll: the task classify reads table or glue"),
         ("finetune csv --data.path REVIEWS --data.format parallel", "parallel: the task classify reads table or glue"),
         ("finetune glue --data.path FOLDER", "command line: unknown key data"),
@@ -102,7 +106,7 @@ def trained(folder):
 )
 def test_wrong_input_is_one_line_and_status_2(folder, tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
-    places = {"REVIEWS": folder / "reviews.csv", "FOLDER": folder}
+    places = {"REVIEWS": folder / "reviews.csv", "DEV": folder / "dev.csv", "FOLDER": folder}
     status, output, error = main(monkeypatch, capsys, *(places.get(word, word) for word in command.split()))
     assert (status, output, error.count("\n")) == (2, "", 1)
     assert error.startswith("electrax: ") and message in error
@@ -114,6 +118,9 @@ def test_wrong_input_is_one_line_and_status_2(folder, tmp_path, monkeypatch, cap
     [
         ("finetune --help", ["--workdir", "--init_from", "--seeds", "--data.path", "--head.kind", "--teacher.path"]),
         ("finetune csv --help", ["--data.on_bad_row", "--eval.patience", "--freeze_layers"]),
+        ("finetune -h", ["--workdir"]),
+        ("finetune glue -h", ["--mnli_first"]),
+        ("evaluate RUN -h", ["--data.dev"]),
         ("finetune glue --help", ["--path", "--tasks", "--mnli_first", "--seeds"]),
         ("predict --help", ["--text"]),
         ("evaluate RUN --help", ["--data.dev", "--mesh.data"]),

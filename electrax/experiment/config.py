@@ -6,11 +6,11 @@ from typing import Literal
 
 import jax
 
-from electrax.config import AnyPath, UserError, build, read_toml
+from electrax.config import AnyPath, UserError, build, check_seed, read_toml
 from electrax.data.outside import is_file_name, read_object
 from electrax.data.templates import check_template
 from electrax.experiment.examples import ExamplesConfig
-from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE
+from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, differences, is_among
 from electrax.models.attention import GPU_ATTENTION
 from electrax.models.heads import HeadStyle
 from electrax.models.sizes import GeneratorConfig, ModelConfig
@@ -68,6 +68,7 @@ class PretrainConfig:
     def __post_init__(self):
         if not self.workdir:
             raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
+        check_seed(self.seed)
         if self.profile:
             on_this_machine(self.workdir, "the trace of --profile")
         if (self.steps > 0) == (self.epochs > 0):
@@ -225,6 +226,7 @@ class FinetuneConfig:
     def __post_init__(self):
         if not self.workdir:
             raise UserError("workdir is empty; say where the run shall be kept, as in --workdir runs/first")
+        check_seed(self.seed, self.seeds)
         if self.profile:
             on_this_machine(self.workdir, "the trace of --profile")
         if self.steps <= 0 and self.epochs <= 0:
@@ -263,6 +265,20 @@ class FinetuneConfig:
 
 
 AnyConfig = PretrainConfig | FinetuneConfig
+# keys that may be other ones when a trained model is evaluated
+EVALUATED = {
+    "workdir",
+    "data",
+    "eval",
+    "batch_size",
+    "mesh",
+    "model.attention",
+    "model.residual",
+    "model.compute_dtype",
+}
+EVALUATED |= {"metric", "head.null_threshold", "head.max_answer", "head.n_best", "head.constrained"}
+EVALUATED |= {"decoder.beams", "decoder.length_penalty", "decoder.coverage_penalty", "decoder.max_length"}
+EVALUATED |= {"seed", "objective.mask_prob", "objective.keep_prob", "objective.random_prob"}
 
 
 def read_config(workdir: str | os.PathLike) -> AnyConfig:
@@ -274,14 +290,24 @@ def read_config(workdir: str | os.PathLike) -> AnyConfig:
     return build(PretrainConfig if values.get("task") == "pretrain" else FinetuneConfig, values, str(path))
 
 
+def check_evaluated(config: AnyConfig) -> None:
+    """Raises UserError where the trained model of the work directory cannot be evaluated as this config says."""
+    before = dataclasses.asdict(read_config(config.workdir))
+    for key, old, new in differences(before, dataclasses.asdict(config)):
+        if not is_among(key, EVALUATED):
+            raise UserError(f"{key} {new!r}: the model was trained with {old!r}, which evaluate cannot change")
+
+
 def computed_in(config: AnyConfig, compute_dtype: str | None) -> AnyConfig:
     """With matrix products in float32 or bfloat16 (None leaves them as they are; another is a UserError), and attention
-    that this machine has."""
+    and residuals that this machine has."""
     if compute_dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"compute_dtype: expected float32 or bfloat16, not {compute_dtype!r}")
     changes = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
     if config.model.attention in GPU_ATTENTION and (jax.default_backend() != "gpu" or compute_dtype == "float32"):
         changes["attention"] = "plain"
+    if jax.default_backend() != "gpu":
+        changes["residual"] = "plain"
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 

@@ -214,7 +214,8 @@ def to_config(model: Model, tokenizer: Tokenizer, workdir: pathlib.Path, max_len
     shape = ModelConfig(size=_size_of(tower), **_fields(tower, ModelConfig))
     if model.head:
         is_answer = model.head.task == "answer"
-        choice = model.head.kind == "choice"
+        texts = ("question", "context") if is_answer else ("text",)
+        texts = ("context", "choice1", "choice2") if model.head.kind == "choice" else texts
         return FinetuneConfig(
             task=model.head.task,
             workdir=str(workdir),
@@ -225,7 +226,7 @@ def to_config(model: Model, tokenizer: Tokenizer, workdir: pathlib.Path, max_len
                 spans="plain" if is_answer else "joint",
                 constrained=False,  # as the model was trained
             ),
-            data=ExamplesConfig(text=("context", "choice1", "choice2") if choice else ("text",), max_length=max_length),
+            data=ExamplesConfig(text=texts, max_length=max_length, max_query=min(64, max_length // 2)),
         )
     generator = GeneratorConfig(kind="causal" if tower.body == "gpt2" else "masked")
     if model.generator and model.encoder:

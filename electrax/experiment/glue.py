@@ -7,7 +7,7 @@ from typing import Literal
 from electrax.config import AnyPath, UserError, find_config, load
 from electrax.data.examples import BadRows, check_labels, check_numbers
 from electrax.data.glue import GLUE, find_file, read_glue, write_leaderboard
-from electrax.experiment import finetune
+from electrax.experiment import finetuned
 from electrax.experiment.config import FinetuneConfig, FinetuneEvalConfig, FinetuneOptimizerConfig
 from electrax.experiment.examples import read_examples
 from electrax.models.heads import HeadStyle
@@ -118,7 +118,7 @@ def predict_tests(config: GlueConfig, name: str, workdir: str) -> list[AnyPath]:
     """Writes the leaderboard's file of every unlabelled split that is there, with the best model's predictions."""
     task, written = GLUE[name], []
     splits = [split for split in UNLABELLED if _has(config.path, name, split)]
-    model = finetune.load(workdir) if splits else None
+    model = finetuned.load(workdir) if splits else None
     for split in splits:
         bad = BadRows("error")
         examples = read_glue(config.path, task, split, bad)

@@ -14,7 +14,7 @@ from electrax.data.corpus import MANIFEST_FILE, Corpus, sample_path
 from electrax.data.prepare import PrepareConfig, Progress, prepare
 from electrax.data.rows import row_dtype
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment.config import PretrainConfig
+from electrax.experiment.config import PretrainConfig, computed_in, read_config
 from electrax.experiment.plan import Plan, plan_mesh, plan_run
 from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for
 from electrax.experiment.start import start_weights, with_generator_shape
@@ -25,7 +25,6 @@ from electrax.tasks.pretrain import PretrainTask, SpecialIds
 from electrax.training.evaluate import make_evaluate
 from electrax.training.feed import Feed, fits_device, host_feed, resident_feed
 from electrax.training.processes import agreed, together
-from electrax.training.sharding import make_mesh
 from electrax.training.state import choose_together
 from electrax.training.tracking import Record
 
@@ -158,7 +157,7 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
         tokenizer = corpus.tokenizer()
         steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)
         task = make_task(config, tokenizer.vocab_size, tokenizer.special_ids, corpus)
-    keep_config(config, tokenizer, config.data.path)
+    keep_config(config, tokenizer, config.data.path, steps)
     flops = task.flops(config.batch_size, config.data.max_length)
     return assemble(
         config,
@@ -196,7 +195,13 @@ def make_feed(config: PretrainConfig, task: PretrainTask, corpus: Corpus, mesh: 
 
 def evaluate_newest(config: PretrainConfig) -> tuple[PretrainTask, Tokenizer, Record]:
     """The newest whole checkpoint of a run on the held-out rows that `data` names."""
-    mesh = make_mesh(config.mesh)
+    config = computed_in(config, None)
+    mesh, path, own = mesh_for(config), config.data.path, path_of(config.workdir) / "data"
+    is_own = path == read_config(config.workdir).data.path and (own / MANIFEST_FILE).is_file()
+    if not is_own and not (path_of(path) / MANIFEST_FILE).is_file():
+        raise UserError(
+            f"data.path {path}: expected a directory that electrax prepare wrote with the model's tokenizer"
+        )
     config, corpus = open_corpus(config, QUIET)
     tokenizer = corpus.tokenizer()
     if Tokenizer.load(config.workdir).sha256 != tokenizer.sha256:

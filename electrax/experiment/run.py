@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Set
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from electrax.convert.weights import read_tree
 from electrax.data.outside import read_object
 from electrax.data.tokenizer import Tokenizer
 from electrax.models.attention import GPU_ATTENTION
+from electrax.models.sizes import ModelConfig
 from electrax.storage import make_folder, on_this_machine, path_of, write_atomically
 from electrax.tasks.base import Batch, Params, Task
 from electrax.training.checkpoint import Checkpoints, find_damage, restore_newest_params, tokenizer_hash
@@ -78,7 +79,11 @@ class Run:
     example: Batch  # of the largest shape, all of its rows
 
     def memory(self) -> int:
-        """Compiles the step for the largest batch; the bytes of a device that it needs (0: not known)."""
+        """Compiles the step for the largest batch; the bytes of a device that it needs (0: not known). Where some steps
+        are taken one by one beside calls of several, that program too, which would else stop the run for minutes."""
+        due = (self.start, self.steps, self.eval_every, self.save_every, self.config.log.every)
+        if any(step % self.steps_per_dispatch for step in due):
+            self.step_function.compiled(self.state, self.example_batch())
         return _needed(self._compiled())
 
     def _compiled(self) -> jax.stages.Compiled:
@@ -148,6 +153,7 @@ def assemble(
 ) -> Run:
     """Resumes from the newest whole checkpoint of the work directory; otherwise starts fresh, with the weights that
     `initial` makes of the drawn ones. `example` is a batch of the largest shape."""
+    check_dropout(config.model)
     example = jax.tree.map(np.asarray, example)
     rows, *tokens = example["ids"].shape
     microbatch = choose_microbatch(
@@ -233,15 +239,28 @@ def mesh_for(config: Any) -> Mesh:
     return mesh
 
 
-def keep_config(config: Any, tokenizer: Tokenizer, data: str) -> None:
+def check_dropout(model: ModelConfig) -> None:
+    """Raises UserError for attention that cannot train with the dropout that is asked for."""
+    if model.attention in ("xla", "cudnn") and model.attention_dropout:
+        raise UserError(
+            f"model.attention {model.attention} has no dropout of its weights; expected model.attention_dropout 0, or "
+            "attention plain or fused"
+        )
+
+
+def keep_config(config: Any, tokenizer: Tokenizer, data: str, steps: int) -> None:
     """Writes config.toml and the tokenizer (that of `data`) into the work directory. Raises UserError where
-    checkpoints are kept there of a run that this one does not continue."""
+    checkpoints are kept there of a run that this one, of so many steps, does not continue."""
     workdir = path_of(config.workdir)
 
     def keep() -> None:
         make_folder(workdir)
         if holds_run(workdir):
             check_continued(config)
+            names = [path.name for path in (workdir / "checkpoints").glob("[0-9]*")]
+            taken = max((int(name) for name in names if name.isdecimal()), default=0)
+            if taken > steps:
+                raise UserError(f"{workdir}: trained for {taken} steps already; expected no fewer, not {steps}")
             known = Tokenizer.load(workdir)
             if known.sha256 != tokenizer.sha256:
                 raise UserError(f"{workdir / known.file_name}: not the tokenizer of {data}; take another workdir")
@@ -274,17 +293,23 @@ def check_continued(config: Any) -> None:
     if before.get("task") != config.task:
         raise UserError(f"{workdir / CONFIG_FILE} holds a run of the task {before.get('task')!r}; take another workdir")
     before = dataclasses.asdict(build(type(config), before, str(workdir / CONFIG_FILE)))
-    for key, old, new in _differences(before, dataclasses.asdict(config)):
-        if not {key, key.split(".")[0]} & MAY_CHANGE:
+    for key, old, new in differences(before, dataclasses.asdict(config)):
+        if not is_among(key, MAY_CHANGE):
             raise UserError(
                 f"{workdir / CONFIG_FILE} holds a run with {key} = {old!r}, now {new!r}; take another workdir"
             )
 
 
-def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def is_among(key: str, keys: Set[str]) -> bool:
+    """Whether the key of a config or its section is one of `keys`."""
+    return not {key, key.split(".")[0]}.isdisjoint(keys)
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value before, value now) where two configs as dictionaries differ."""
     for key, value in now.items():
         if isinstance(value, dict):
-            yield from _differences(before[key], value, f"{prefix}{key}.")
+            yield from differences(before[key], value, f"{prefix}{key}.")
         elif before[key] != value:
             yield prefix + key, before[key], value
 

@@ -15,10 +15,11 @@ from electrax.convert.model import Head, Model
 from electrax.convert.onnx import export_onnx
 from electrax.convert.weights import write_tree
 from electrax.data.tokenizer import Tokenizer
-from electrax.experiment import finetune, pretrain
+from electrax.experiment import finetuned, pretrain
 from electrax.experiment.config import FinetuneConfig, PretrainConfig, computed_in, finished, read_config
 from electrax.experiment.foreign import REPORT_FILE, ConvertConfig, as_workdir, convert_foreign
 from electrax.experiment.head import read_head
+from electrax.experiment.objective import make_task
 from electrax.experiment.rewrite import TARGET_FOLDER
 from electrax.experiment.run import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, load_params, trained
 from electrax.inference.classifier import Classifier
@@ -45,7 +46,7 @@ def load(
     workdir = as_workdir(source)
     config = computed_in(read_config(workdir), compute_dtype)
     if isinstance(config, FinetuneConfig):
-        return finetune.load(workdir, compute_dtype)
+        return finetuned.load(workdir, compute_dtype)
     task, tokenizer, params = _pretrained(workdir, config)
     return PretrainedModel(
         rounded_layers(params, config.model.compute_dtype),
@@ -91,7 +92,7 @@ def to_model(workdir: AnyPath) -> tuple[Model, Tokenizer]:
     if isinstance(config, FinetuneConfig):
         workdir = finished(workdir)
         config, tokenizer, head = read_config(workdir), Tokenizer.load(workdir), read_head(workdir)
-        task = finetune.make_task(config, tokenizer, head, None)
+        task = make_task(config, tokenizer, head, None)
         if config.task == "rewrite":
             raise UserError(f"{workdir}: a model of the task rewrite has no counterpart in Transformers")
         if config.head.template:  # its head is still the discriminator's

@@ -205,8 +205,7 @@ def show_profile(profile: Profile | None) -> None:
     show_table(title, ("part of their work", "share"), rows)
 
 
-def _watchdog(run: Run, *others: Run) -> Watchdog:
-    """For runs of one config but for the seed."""
+def _watchdog(run: Run) -> Watchdog:
     return Watchdog(run.config.log.stall, logging.getLogger("electrax").warning)
 
 
@@ -228,7 +227,7 @@ def train_and_track_side_by_side(runs: Mapping[str, Run], command: str) -> dict[
         for name, run in runs.items():
             stack.callback(run.checkpoints.close)
             stack.callback(trackers[name].close)
-        stop, watchdog = stack.enter_context(StopSignal()), stack.enter_context(_watchdog(*runs.values()))
+        stop, watchdog = stack.enter_context(StopSignal()), stack.enter_context(_watchdog(next(iter(runs.values()))))
         for name, event in train_side_by_side(_watched(runs, watchdog), step, watchdog.before(stop)):
             match event:
                 case Interrupted():

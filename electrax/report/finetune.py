@@ -15,7 +15,16 @@ from electrax.experiment.config import FinetuneConfig, TeacherConfig, read_confi
 from electrax.experiment.finetune import check, evaluate_trained, plan, resolve, set_up
 from electrax.experiment.head import check_rows, keep_threshold
 from electrax.experiment.rows import TaskRows
-from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run, check_continued, holds_run
+from electrax.experiment.run import (
+    CONFIG_FILE,
+    MAY_CHANGE,
+    RESULTS_FILE,
+    Run,
+    check_continued,
+    differences,
+    holds_run,
+    is_among,
+)
 from electrax.report.common import (
     INTERRUPTED,
     alone,
@@ -126,9 +135,9 @@ def train_seeds(
 
 def is_of(config: FinetuneConfig) -> bool:
     """Whether the finished run of a work directory has this config, its length too."""
-    kept = read_config(config.workdir)
-    names = ("checkpoint", "log", "mesh", "profile", "seeds_at_once")
-    return dataclasses.replace(kept, **{name: getattr(config, name) for name in names}) == config
+    kept, wanted = dataclasses.asdict(read_config(config.workdir)), dataclasses.asdict(config)
+    without_effect = MAY_CHANGE - {"steps", "epochs", "eval"}
+    return all(is_among(key, without_effect) for key, _, _ in differences(kept, wanted))
 
 
 def train_some(configs: dict[str, FinetuneConfig], command: str) -> dict[str, dict[str, Any]] | None:

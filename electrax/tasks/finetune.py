@@ -84,9 +84,23 @@ class FinetuneTask:
 
     def forward_flops(self) -> float:
         """Of a training row at its own length, on average."""
+        return self._encoder_flops(self.encoder, self.first)
+
+    def train_flops(self) -> float:
+        """The same with the backward pass: twice the forward one, but for frozen layers, which at most pass a gradient
+        on to the embeddings."""
+        projection, frozen = (
+            self._encoder_flops(dataclasses.replace(self.encoder, layers=layers), None)
+            for layers in (0, self.freeze_layers)
+        )
+        left_out = 2 * frozen if self.freeze_embeddings else frozen - projection
+        return 3 * self.forward_flops() - left_out
+
+    def _encoder_flops(self, encoder: EncoderConfig, first: int | None) -> float:
         assert self.train is not None
-        lengths = self.train.rows.lengths.tolist()
-        return float(np.mean([n * encoder_forward(self.encoder, n, self.first) for n in lengths]))
+        lengths, counts = np.unique(self.train.rows.text_lengths, return_counts=True)
+        texts = zip(lengths.tolist(), counts.tolist(), strict=True)
+        return sum(count * n * encoder_forward(encoder, n, first) for n, count in texts) / len(self.train.rows)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,10 @@ class EvalConfig:
     every: int = 1000  # steps; the last step is always evaluated
     rows: int = 0  # held-out rows to use; 0: all
 
+    def __post_init__(self):
+        if self.rows < 0:
+            raise UserError(f"eval.rows must be at least 1, or 0 for all rows, not {self.rows}")
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:

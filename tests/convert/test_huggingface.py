@@ -12,6 +12,7 @@ import electrax
 from electrax.convert.weights import read_weights
 from electrax.experiment.foreign import ConvertConfig
 from electrax.experiment.saved import convert
+from tests.fixtures.finetuning import call
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -225,3 +226,10 @@ def test_a_model_of_flax_gives_the_logits_of_the_one_in_torch(name, tmp_path):
     weights = flax.serialization.msgpack_serialize(as_flax(model.state_dict()))
     (tmp_path / "theirs" / "flax_model.msgpack").write_bytes(weights)
     close(ours(electrax.load(tmp_path / "theirs"), name), theirs(model))
+
+
+def test_a_question_answerer_predicts_from_a_table_of_questions_and_contexts(tmp_path):
+    make("ElectraForQuestionAnswering", tmp_path / "theirs")
+    (tmp_path / "rows.csv").write_text("question,context\nwho sat,the cat sat on a mat.\n")
+    row = json.loads(call("predict", tmp_path / "theirs", tmp_path / "rows.csv")[1])
+    assert row["text"] in "the cat sat on a mat."

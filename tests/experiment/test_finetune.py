@@ -18,14 +18,9 @@ from electrax.config import UserError, load
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import FinetuneConfig
 from electrax.experiment.examples import read_examples
-from electrax.experiment.finetune import (
-    evaluate_trained,
-    get_tokenizer,
-    initial_params,
-    resolve,
-    set_up,
-)
+from electrax.experiment.finetune import evaluate_trained, resolve, set_up
 from electrax.experiment.head import read_head
+from electrax.experiment.initial import get_tokenizer, initial_params
 from electrax.experiment.run import load_params, mesh_for
 from electrax.experiment.saved import ConvertConfig, ExportConfig, convert, export
 from electrax.experiment.start import start_of
@@ -339,6 +334,34 @@ def test_a_set_of_seeds_cannot_go_on_with_other_settings(config, seeds):
     assert (workdir / "config.toml").read_text() == before
 
 
+def test_fewer_steps_than_were_taken_are_refused(config, straight):
+    with pytest.raises(UserError, match=f"trained for {STEPS} steps already; expected no fewer, not 3"):
+        train(config(straight, seed=1, steps=3))
+
+
+def test_evaluation_holds_the_rows_of_training_out_under_any_name_of_their_file(tmp_path, monkeypatch):
+    write_rows(tmp_path / "reviews.csv", REVIEWS)
+    monkeypatch.chdir(tmp_path)
+    train(finetuning("run", data={"path": "reviews.csv", "holdout": 0.25}))
+    for path, rows in (("reviews.csv", 6), (tmp_path / "reviews.csv", 6), ("./reviews.csv", 6)):
+        assert f"data {rows} rows" in " ".join(call("evaluate", "run", "--data.path", path)[1].split())
+    write_rows(tmp_path / "others.csv", REVIEWS[:20])
+    assert "data 20 rows" in " ".join(call("evaluate", "run", "--data.path", "others.csv")[1].split())
+
+
+@pytest.mark.parametrize(
+    "words", [["--model.layers=2"], ["--task=tag"], ["--optimizer.learning_rate=0.5"], ["--seeds=2"], ["--steps=9"]]
+)
+def test_evaluation_refuses_what_it_cannot_change(straight, words):
+    with pytest.raises(UserError, match="which evaluate cannot change"):
+        call("evaluate", straight, *words)
+
+
+def test_attention_without_dropout_of_its_weights_does_not_train_with_it(config, tmp_path):
+    with pytest.raises(UserError, match="model.attention xla has no dropout .*; expected model.attention_dropout 0"):
+        set_up(config(tmp_path, model={"attention": "xla"}))
+
+
 def test_a_run_of_one_seed_is_not_continued_as_several(config, straight):
     with pytest.raises(UserError, match="holds a run of one seed; take another workdir for several"):
         train(config(straight, seed=1, seeds=2))
@@ -402,8 +425,8 @@ def two_seeds(config, folder, tmp_path):
     for name in ("train.csv", "dev.csv"):
         shutil.copy(folder / name, tmp_path / name)
 
-    def made(name="run", seeds=2):
-        return config(tmp_path / name, seeds=seeds, steps=1, data={"path": str(tmp_path)})
+    def made(name="run", seeds=2, **changes):
+        return config(tmp_path / name, seeds=seeds, steps=1, data={"path": str(tmp_path)}, **changes)
 
     train(made())
     return made
@@ -429,6 +452,14 @@ def test_finished_seeds_are_measured_on_the_dev_rows_of_now(two_seeds, tmp_path)
     assert all(a != b for a, b in zip(before["scores"], after["scores"], strict=True))
     straight = train(two_seeds("straight"))
     assert after["scores"] == straight["scores"]
+
+
+def test_finished_seeds_are_not_trained_again_where_they_moved_or_compute_in_other_batches(two_seeds, tmp_path):
+    before = results_of(tmp_path / "run")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("electrax.report.finetune.train_some", lambda *_: pytest.fail("trained again"))
+        assert train(two_seeds("moved", optimizer={"learning_rate": 0.01, "microbatch": 1})) == before
 
 
 def test_several_seeds_are_not_continued_as_one(two_seeds):

@@ -269,7 +269,7 @@ def test_predicted_likeness_is_kept_between_0_and_5(tmp_path, monkeypatch):
             assert rows[0] == ("the film was good", "the house was poor")
             return [{"value": value} for value in (-0.25, 2.5, 7.0)]
 
-    monkeypatch.setattr(glue.finetune, "load", lambda workdir: Model())
+    monkeypatch.setattr(glue.finetuned, "load", lambda workdir: Model())
     [path] = glue.predict_tests(settings(tmp_path, workdir=str(tmp_path / "run")), "stsb", "any")
     assert path == tmp_path / "run" / "leaderboard" / "STS-B.tsv"
     assert path.read_text() == "index\tprediction\n0\t0.000\n1\t2.500\n2\t5.000\n"

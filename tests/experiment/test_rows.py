@@ -10,7 +10,8 @@ from electrax.config import UserError, build
 from electrax.data.tokenizer import SPECIALS, Tokenizer
 from electrax.experiment.config import FinetuneConfig, HeadConfig
 from electrax.experiment.examples import ExamplesConfig, read_examples
-from electrax.experiment.finetune import kind_of_rows, make_rows
+from electrax.experiment.finetune import make_rows
+from electrax.experiment.objective import kind_of_rows
 from electrax.experiment.rows import classify_rows
 from electrax.inference.classifier import Classifier
 from electrax.models.encoder import EncoderConfig

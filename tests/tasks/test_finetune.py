@@ -10,6 +10,7 @@ import pytest
 
 from electrax.data.encoded import RowBatches, TokenRows
 from electrax.models.encoder import EncoderConfig
+from electrax.models.flops import encoder_forward
 from electrax.models.heads import OutputHead
 from electrax.models.masks import segment_ids
 from electrax.tasks.base import Mean
@@ -53,6 +54,34 @@ def make_batch(fillers=0):
 @functools.cache
 def params_of(task=TASK):
     return random_params(jax.eval_shape(lambda: task.init(jax.random.key(0), make_batch())))
+
+
+def flops_of(rows, **frozen):
+    """Of the forward and of a training step of a mean row."""
+    batches = RowBatches.of(rows, 2, {"ids": PAD}, 1)
+    task = dataclasses.replace(TASK, train=batches, **frozen)
+    return task.forward_flops(), task.train_flops()
+
+
+def test_flops_count_every_text_of_a_row_at_its_own_length():
+    forward = {n: n * encoder_forward(ENCODER, n) for n in (3, 5, 8)}
+    one = TokenRows.of([[1] * 3, [1] * 5])
+    assert flops_of(one)[0] == pytest.approx((forward[3] + forward[5]) / 2)
+    choices = dataclasses.replace(TokenRows.of([[1] * 3, [1] * 5, [1] * 8, [1] * 3]), group=2)
+    assert flops_of(choices)[0] == pytest.approx((2 * forward[3] + forward[5] + forward[8]) / 2)
+
+
+def test_what_is_frozen_costs_no_gradient():
+    rows, tokens = TokenRows.of([[1] * 8]), 8
+    # a layer: queries, keys, values, output and two products of the feed-forward network, then scores and mixing
+    layer = tokens * (2 * 16 * (4 * 16 + 2 * 32) + 4 * 8 * 16)
+    projection = tokens * 2 * 8 * 16
+    forward = 2 * layer + projection
+    assert flops_of(rows) == (forward, 3 * forward)
+    assert flops_of(rows, freeze_embeddings=True)[1] == 3 * forward - 2 * projection
+    # a frozen layer passes the gradient on to the embeddings, unless these are frozen too
+    assert flops_of(rows, freeze_layers=1)[1] == 3 * forward - layer
+    assert flops_of(rows, freeze_layers=1, freeze_embeddings=True)[1] == 3 * forward - 2 * (projection + layer)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
