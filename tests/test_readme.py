@@ -171,12 +171,14 @@ def test_commands_run_in_their_order_and_the_python_examples_on_what_they_leave(
     assert launch_together(folder) == [0, 0]
 
     examples = blocks("python")
-    assert len(examples) == 5
+    assert len(examples) == 7
     scope: dict = {}
     for example in examples if has_onnx else examples[:-1]:
         exec(compile(example, str(README), "exec"), scope)
     assert scope["hidden"].shape[0] == 2
     assert scope["logits"].shape == (1, 6)
+    assert float(abs(scope["gradient"]["embeddings"]["word"]).max()) > 0
+    assert (scope["record"].step, scope["record"].kind) == (20, "save")
     assert {"yes", "no"} == set(scope["row"]["probabilities"])
     if has_onnx:
         label = scope["about"]["labels"][scope["scores"][0].argmax()]

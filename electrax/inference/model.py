@@ -5,22 +5,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from electrax.config import UserError
 from electrax.data.examples import check_texts
 from electrax.data.tokenizer import Tokenizer
+from electrax.inference import forward
 from electrax.inference.batching import compiled, pad, padded_length, run_by_length, warm_up
 from electrax.inference.generation import CausalModel, Continuation
-from electrax.inference.packing import SHORTEST_ROW, pooled, run_packed
+from electrax.inference.packing import SHORTEST_ROW, run_packed
 from electrax.inference.template import TemplateClassifier
-from electrax.models.decoding import LOWEST
-from electrax.models.discriminator import Discriminator
-from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
-from electrax.models.generator import Generator, GeneratorKind
-from electrax.models.masks import document_mask, one_way_mask, padding_mask
+from electrax.models.encoder import EncoderConfig
+from electrax.models.generator import GeneratorKind
 from electrax.tasks.base import Params
 from electrax.tasks.template import TemplateTask
 
@@ -64,15 +61,16 @@ class PretrainedModel:
         self.generator_kind = generator_kind
         self._main = discriminator or generator  # the tower that reads texts
         tower = "generator" if discriminator is None else "discriminator"
-        encode = functools.partial(_encode, self._main, tower, self.reads_one_way)
-        self._encode = compiled(encode)
-        self._pool = {name: compiled(functools.partial(_pool, encode, name)) for name in POOLINGS}
-        self._detect = jax.jit(functools.partial(_detect, discriminator))
-        self._fill = jax.jit(functools.partial(_fill, generator, generator_kind))
+        shape = self._main, tower, self.reads_one_way
+        self._encode = compiled(functools.partial(forward.encode, *shape))
+        self._pool = {name: compiled(functools.partial(forward.pool, *shape, name)) for name in POOLINGS}
+        self._detect = compiled(functools.partial(forward.detect, discriminator))
+        self._fill = compiled(functools.partial(forward.fill, generator, generator_kind))
         self._sample = jax.jit(
-            functools.partial(_sample, generator, generator_kind, tokenizer.special_ids), static_argnames="temperature"
+            functools.partial(forward.sample, generator, generator_kind, tokenizer.special_ids),
+            static_argnames="temperature",
         )
-        self._likelihood = jax.jit(functools.partial(_likelihood, generator, generator_kind))
+        self._likelihood = compiled(functools.partial(forward.likelihood, generator, generator_kind))
 
     @property
     def reads_one_way(self) -> bool:
@@ -303,76 +301,6 @@ class PretrainedModel:
     def _padded(self, row: list[int]) -> Int[np.ndarray, "1 L"]:
         length = min(self.max_length, padded_length(len(row)))
         return pad([row], np.zeros(1, np.int64), length, self.tokenizer.pad_id)
-
-
-def _encode(
-    config: EncoderConfig,
-    tower: str,
-    one_way: bool,
-    params: Params,
-    ids,
-    pad_id,
-    documents=None,
-    positions=None,
-    first=None,
-):
-    """Of rows of one text each, or of several, with the text of each token and its place there; of all tokens or the
-    first ones."""
-    embedded = Embeddings(config).apply({"params": params["embeddings"]}, ids, None, positions)
-    mask = padding_mask(ids != pad_id) if documents is None else document_mask(documents)
-    mask = one_way_mask(mask) if one_way else mask
-    hidden = Encoder(config).apply({"params": params[tower]["encoder"]}, embedded, mask, positions, first=first)
-    return jnp.where((ids != pad_id)[:, :first, None], hidden.astype(jnp.float32), 0.0)
-
-
-def _pool(encode: Callable, pooling: str, params: Params, ids, pad_id, documents=None, positions=None):
-    if documents is None and pooling == "cls":
-        return encode(params, ids, pad_id, first=1)[:, 0]
-    hidden = encode(params, ids, pad_id, documents, positions)
-    if documents is not None:
-        return pooled(hidden, documents, positions, pooling)
-    return jnp.sum(hidden, axis=1) / jnp.maximum(jnp.sum(ids != pad_id, axis=1), 1)[:, None]
-
-
-def _detect(config: EncoderConfig, params: Params, ids, pad_id):
-    embedded = Embeddings(config).apply({"params": params["embeddings"]}, ids)
-    return Discriminator(config).apply({"params": params["discriminator"]}, embedded, padding_mask(ids != pad_id))
-
-
-def _fill(config: EncoderConfig, kind: GeneratorKind, params: Params, ids, pad_id):
-    table = params.get("generator_embeddings", params["embeddings"])
-    embedded = Embeddings(config).apply({"params": table}, ids)
-    mask = padding_mask(ids != pad_id)
-    return Generator(config, kind).apply({"params": params["generator"]}, embedded, table["word"], mask)
-
-
-def _sample(
-    config: EncoderConfig,
-    kind: GeneratorKind,
-    special: Mapping[str, int],
-    params: Params,
-    ids,
-    uniform,
-    temperature: float,
-):
-    """A token for each place, drawn at the share `uniform` / 2^30 of the generator's distribution."""
-    logits = _fill(config, kind, params, ids, special["pad"])
-    logits = logits.at[..., jnp.array(list(special.values()))].set(LOWEST)
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    shares = jnp.cumsum(jax.nn.softmax(logits / temperature, axis=-1), axis=-1)
-    return jnp.sum(shares <= uniform[..., None] / 2**30 * shares[..., -1:], axis=-1)
-
-
-def _likelihood(config: EncoderConfig, kind: GeneratorKind, params: Params, ids, true, pad_id):
-    """The log-probability of the one token of each row that `true` names; -1 elsewhere."""
-    slots = jnp.argmax(true, axis=1)[:, None]
-    table = params.get("generator_embeddings", params["embeddings"])
-    embedded = Embeddings(config).apply({"params": table}, ids)
-    mask = padding_mask(ids != pad_id)
-    logits = Generator(config, kind).apply({"params": params["generator"]}, embedded, table["word"], mask, slots)[:, 0]
-    token = jnp.max(true, axis=1)
-    return jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _check_not_empty(what: str, rows: Sequence[Sequence[int]]) -> None:
