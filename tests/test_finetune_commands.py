@@ -94,6 +94,10 @@ def trained(folder):
             "conll: the task answer reads squad or mrqa or table",
         ),
         ("finetune csv --data.path DEV --data.tokenizer gone.json", "data.tokenizer: expected one of wordpiece, bpe, "),
+        (
+            "finetune csv --data.path DEV --eval.patience 2 --checkpoint.every 5",
+            "checkpoint.every: with eval.patience each evaluated model is saved",
+        ),
         ("finetune csv --data.path DEV --seed -1", "seed must lie between 0 and 4294967295, not -1"),
         ("finetune csv --data.path DEV --model.dropout 1", "[model] dropout and attention_dropout must be at least 0 "),
         ("finetune csv --data.path DEV --model.heads -2", "[model] layers must not be negative, and widths, heads "),

@@ -331,6 +331,7 @@ def test_texts_without_labels_are_continued_into_texts_to_pretrain_on(causal, tm
         (["--out", "a.txt"], "expected a name ending in .jsonl"),
         (["--out", "a.jsonl", "--min_confidence=0.9"], "is a teacher's"),
         (["--out", "a.jsonl", "--share=1.5"], "share between 0 and 1"),
+        (["--out", "a.jsonl", "--data.max_length=64"], "data.max_length has no effect here; known are format, glue"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_one_clear_line(tmp_path, words, message):

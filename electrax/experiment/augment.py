@@ -25,6 +25,22 @@ ORIGIN, SOURCE = "origin", "source"  # columns that say how a row was made, and 
 ORIGIN_SUFFIX = ".origin.jsonl"  # the same beside a text file, a line for each text
 
 
+# keys of [data] that say which rows these are
+READ = (
+    "format",
+    "glue",
+    "tfds_dir",
+    "train",
+    "dev",
+    "holdout",
+    "limit",
+    "on_bad_row",
+    "text",
+    "label",
+    "label_separator",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
     """Labelled rows become a table with the columns of the texts, the label and where each comes from; a .txt file
@@ -54,6 +70,10 @@ class AugmentConfig:
             raise UserError(f"out {self.out}: expected a name ending in {'.jsonl' if self.is_labelled else '.txt'}")
         if self.is_labelled and not self.out.endswith(".jsonl"):
             raise UserError(f"out {self.out}: expected a name ending in .jsonl")
+        named = next((f.name for f in dataclasses.fields(ExamplesConfig)
+                      if f.name not in READ and getattr(self.data, f.name) != f.default), None)  # fmt: skip
+        if named:
+            raise UserError(f"augment: data.{named} has no effect here; known are {', '.join(READ)}")
         if self.data.format not in ("table", "glue"):
             raise UserError(f"augment: expected a table or data.format glue, not {self.data.format}")
         if self.per_row < 1 or not 0 < self.share < 1 or not 0 < self.keep <= 1 or self.temperature < 0:

@@ -166,7 +166,6 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
     agreed(keep_head, config, rows.head)
     agreed(keep_target, config, rows.target)
     eval_every = config.eval.every or min(epoch, steps)
-    every = eval_every if config.eval.patience else config.checkpoint.every or eval_every  # the best one must be kept
 
     def initial(drawn: Params) -> Params:
         return initial_params(config, rows.head, tokenizer, drawn, mesh, rows.target)
@@ -181,7 +180,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
         flops_per_step=config.batch_size * task.train_flops(),
         tokens_per_step=config.batch_size * float(rows.train.rows.text_lengths.sum()) / len(rows.train.rows),
         eval_every=eval_every,
-        save_every=every,
+        save_every=config.checkpoint.every or eval_every,  # with patience the best one must be kept
         patience=config.eval.patience,
         initial=initial if config.init_from else None,
         is_frozen=task.is_frozen,

@@ -22,7 +22,7 @@ from electrax.training.checkpoint import Checkpoints, find_damage, restore_newes
 from electrax.training.evaluate import make_evaluate
 from electrax.training.feed import Feed, host_feed
 from electrax.training.lockstep import JointStep, lockstep
-from electrax.training.loop import Interrupted, NonFiniteLoss, Record, train
+from electrax.training.loop import Interrupted, Record, train
 from electrax.training.optim import make_optimizer
 from electrax.training.processes import agreed
 from electrax.training.sharding import (
@@ -44,6 +44,7 @@ from electrax.training.state import (
     fresh_state,
     make_step,
 )
+from electrax.training.window import NonFiniteLoss
 
 CONFIG_FILE, RESULTS_FILE = "config.toml", "results.json"
 HEAD_FILE = "head.json"  # what a fine-tuned head's outputs mean

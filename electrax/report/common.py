@@ -22,12 +22,13 @@ from electrax.experiment.run import RESULTS_FILE, Run, side_by_side, train_side_
 from electrax.models.flops import peak_flops
 from electrax.storage import is_remote, locked, make_folder, path_of, write_atomically
 from electrax.training.collectives import Collective
-from electrax.training.loop import Interrupted, NonFiniteLoss, Record
+from electrax.training.loop import Interrupted, Record
 from electrax.training.optim import learning_rate
 from electrax.training.processes import agreed, is_first, together
 from electrax.training.profile import Profile, ProfiledStep
 from electrax.training.tracking import NoTracker, Tracker
 from electrax.training.watchdog import Watchdog
+from electrax.training.window import NonFiniteLoss
 
 console = Console()
 INTERRUPTED = 130  # exit status

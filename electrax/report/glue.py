@@ -7,8 +7,9 @@ from rich.markup import escape
 
 from electrax.data.glue import GLUE
 from electrax.experiment.glue import GlueConfig, predict_tests, task_configs
+from electrax.experiment.results import check_kept, read_results
 from electrax.report.common import console, show_table, write_results
-from electrax.report.finetune import check_kept, finetune_and_report, read_results
+from electrax.report.finetune import finetune_and_report
 from electrax.storage import path_of
 
 LEFT_OUT = "wnli"  # of the average, as in the literature

@@ -21,12 +21,13 @@ from electrax.experiment.examples import read_examples
 from electrax.experiment.finetune import evaluate_trained, resolve, set_up
 from electrax.experiment.head import read_head
 from electrax.experiment.initial import get_tokenizer, initial_params
+from electrax.experiment.results import findings, summarize_seeds
 from electrax.experiment.run import load_params, mesh_for
 from electrax.experiment.saved import ConvertConfig, ExportConfig, convert, export
 from electrax.experiment.start import start_of
 from electrax.inference.classifier import Classifier
 from electrax.models.sizes import ModelConfig, discriminator_shape
-from electrax.report.finetune import findings, show_seeds, summarize_seeds
+from electrax.report.finetune import show_seeds
 from electrax.tasks.classify import ClassifyTask
 from electrax.training.tracking import Record, Tracker
 from tests.fixtures.finetuning import (

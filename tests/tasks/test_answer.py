@@ -12,9 +12,9 @@ from electrax.data.encoded import RowBatches
 from electrax.data.examples import Answer, QuestionExample
 from electrax.data.tokenizer import Tokenizer
 from electrax.data.windows import make_windows
+from electrax.experiment.results import at_best_threshold
 from electrax.experiment.run import Run
 from electrax.models.encoder import EncoderConfig
-from electrax.report.finetune import at_best_threshold
 from electrax.tasks.answer import AnswerTask
 from electrax.training.evaluate import make_evaluate
 from electrax.training.sharding import MeshConfig, make_mesh
@@ -336,7 +336,7 @@ def test_a_threshold_above_which_no_question_is_answered_is_said_of_the_task_tha
     task = make_task(tokenizer, [question(CONTEXT, "cat"), *[question(impossible=True)] * 2], no_answer=True)
     arrays = arrays_of(task, [[(5, 5, 0.0)], [(4, 5, 0.0)], [(4, 5, 0.0)]], [-4.0, -5.0, -6.0])
     final = Record(1, "eval", task.summarize({"loss": 0.5}, arrays), arrays)
-    monkeypatch.setattr("electrax.report.finetune.keep_threshold", lambda workdir, threshold: None)
+    monkeypatch.setattr("electrax.experiment.results.keep_threshold", lambda workdir, threshold: None)
     run = Run.__new__(Run)
     vars(run).update(task=task, config=SimpleNamespace(workdir="unused"))
     assert task.diagnose({}, arrays) == []

@@ -23,11 +23,11 @@ from electrax.report import finetune
 from electrax.tasks.base import Mean
 from electrax.tasks.classify import ClassifyTask
 from electrax.training.lockstep import JointStep, lockstep
-from electrax.training.loop import NonFiniteLoss
 from electrax.training.optim import OptimizerConfig, make_optimizer
 from electrax.training.sharding import MeshConfig, make_mesh, put_batch
 from electrax.training.state import Request, TrainState, abstract_state, fresh_state, make_step
 from electrax.training.tracking import Record, Tracker
+from electrax.training.window import NonFiniteLoss
 from tests.fixtures.finetuning import (
     REVIEWS,
     finetuning,

@@ -8,9 +8,10 @@ import pytest
 from electrax.tasks.base import Mean
 from electrax.training.checkpoint import Checkpoints
 from electrax.training.feed import host_feed
-from electrax.training.loop import Interrupted, NonFiniteLoss, train
+from electrax.training.loop import Interrupted, train
 from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.state import TrainState
+from electrax.training.window import NonFiniteLoss
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 
