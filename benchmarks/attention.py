@@ -4,26 +4,33 @@
 
 With a padding mask (rows half to wholly full) and with a document mask (packed rows of three documents). float32 on a
 CPU, where PyTorch's scaled_dot_product_attention takes part; bfloat16 on a GPU, where cuDNN's does. First it checks
-that outputs and gradients agree, and that under a document mask nothing leaks from one document into another. Ratios
+that outputs and gradients agree, and that under a document mask nothing leaks from one document into another; on a GPU
+of the fused kernel too, without and with dropout of the weights. It is not timed here, as it reads queries, keys and
+values from one product: benchmarks.accelerator has it in whole steps, and checks it and the fused norm before. Ratios
 are to plain in the same round (below 1 is faster).
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import alternate, environment, ratios, shown, spread, versions, write
 from electrax.models.attention import Implementation, dot_product_attention
+from electrax.models.dropout import dropout
+from electrax.models.fused_attention import fits, fused_attention
+from electrax.models.fused_norm import norm_of_sum
 from electrax.models.masks import document_mask, padding_mask
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # of the largest value
 SHORTEST_ROUND = 0.05  # seconds, so that a call's own overhead and the clock's steps do not count
 DOCUMENTS = 3  # of a packed row
+DROPOUT, EPSILON = 0.1, 1e-12  # of the fused kernels' checks
 
 Pass = Callable[[], Any]
 
@@ -52,17 +59,27 @@ def make_inputs(rows: int, length: int, heads: int, width: int, dtype: str) -> l
     return [jnp.asarray(random.standard_normal((rows, length, heads, width)), dtype) for _ in range(4)]
 
 
+def seeds(rows: int) -> jax.Array:
+    return jnp.arange(rows, dtype=jnp.uint32)
+
+
+def attend(q, k, v, mask, implementation: Implementation, rate: float = 0.0) -> jax.Array:
+    if implementation == "fused":
+        return fused_attention(jnp.stack([q, k, v], axis=3), mask, seeds(len(q)), rate)
+    options = {"implementation": implementation, "dropout_rate": rate, "seed": seeds(len(q)), "dtype": q.dtype}
+    return dot_product_attention(q, k, v, mask, **options)
+
+
 def forward(implementation: Implementation) -> Callable:
-    return jax.jit(lambda q, k, v, mask: dot_product_attention(q, k, v, mask, implementation=implementation))
+    return jax.jit(lambda q, k, v, mask: attend(q, k, v, mask, implementation))
 
 
-def with_backward(implementation: Implementation) -> Callable:
+def with_backward(implementation: Implementation, rate: float = 0.0) -> Callable:
     """(q, k, v, mask, gradient of the output) -> output and the gradients of q, k and v."""
 
     def run(q, k, v, mask, gradient):
-        attend = lambda *qkv: dot_product_attention(*qkv, mask, implementation=implementation)  # noqa: E731
-        output, pull = jax.vjp(attend, q, k, v)
-        return output, *pull(gradient)
+        output, pull = jax.vjp(lambda *qkv: attend(*qkv, mask, implementation, rate), q, k, v)
+        return output, *pull(gradient.astype(output.dtype))
 
     return jax.jit(run)
 
@@ -70,14 +87,18 @@ def with_backward(implementation: Implementation) -> Callable:
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def disagreement(implementation: Implementation, inputs: list[jax.Array], mask: jax.Array) -> float:
-    """The largest difference of outputs and gradients from plain in float32, as a share of the largest value."""
-    q, k, v, gradient = (x.astype(jnp.float32) for x in inputs)
-    wanted = with_backward("plain")(q, k, v, mask, gradient)
-    q, k, v, gradient = inputs
-    found = with_backward(implementation)(q, k, v, mask, gradient)
+def largest_share(found: Iterable[jax.Array], wanted: Iterable[jax.Array]) -> float:
+    """The largest difference, as a share of the largest value of its array; NaN where one is."""
     pairs = zip(found, wanted, strict=True)
-    return max(float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+    return float(np.max([jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)) for a, b in pairs]))
+
+
+def disagreement(implementation: Implementation, inputs: list[jax.Array], mask: jax.Array, rate: float = 0.0) -> float:
+    """That of outputs and gradients from plain in float32."""
+    q, k, v, gradient = inputs
+    found = with_backward(implementation, rate)(q, k, v, mask, gradient)
+    q, k, v, gradient = (x.astype(jnp.float32) for x in inputs)
+    return largest_share(found, with_backward("plain", rate)(q, k, v, mask, gradient))
 
 
 def leaks(implementation: Implementation, inputs: list[jax.Array], mask: jax.Array) -> bool:
@@ -85,24 +106,60 @@ def leaks(implementation: Implementation, inputs: list[jax.Array], mask: jax.Arr
     q, k, v, gradient = inputs
     first = jnp.asarray(document_numbers(*q.shape[:2]) == 1)[..., None, None]
     other = [jnp.where(first, x, 3 * x + 1) for x in (q, k, v)]
-    attend = forward(implementation)
-    outputs = [np.asarray(jnp.where(first, attend(*qkv, mask), 0)) for qkv in ((q, k, v), other)]
+    run = forward(implementation)
+    outputs = [np.asarray(jnp.where(first, run(*qkv, mask), 0)) for qkv in ((q, k, v), other)]
     _, *gradients = with_backward(implementation)(q, k, v, mask, jnp.where(first, gradient, 0))
     stray = any(bool(jnp.any(jnp.where(first, 0, g) != 0)) for g in gradients)
     return stray or not np.array_equal(*outputs)
 
 
-def check(inputs: list[jax.Array], masks: dict[str, jax.Array]) -> dict[str, dict[str, float]]:
+def check(
+    inputs: list[jax.Array], masks: dict[str, jax.Array], names: Sequence[Implementation]
+) -> dict[str, dict[str, float]]:
     """The disagreement by mask and implementation; SystemExit where one is too large or something leaks."""
-    tolerance, found = TOLERANCE[str(inputs[0].dtype)], {}
+    dtype, found = str(inputs[0].dtype), {}
     for kind, mask in masks.items():
-        found[kind] = {name: disagreement(name, inputs, mask) for name in implementations()}
+        found[kind] = {name: disagreement(name, inputs, mask) for name in names}
+        if "fused" in names:
+            found[kind][f"fused, dropout {DROPOUT}"] = disagreement("fused", inputs, mask, DROPOUT)
         for name, share in found[kind].items():
-            if share > tolerance:
-                raise SystemExit(f"{name}, {kind} mask: differs from plain by {share:.1e} of the largest value")
+            require(share, dtype, f"{name}, {kind} mask")
+        for name in names:
             if kind == "documents" and leaks(name, inputs, mask):
                 raise SystemExit(f"{name}: one document's values leak into another")
     return found
+
+
+def check_norm(rows: int, length: int, width: int, dtype: str) -> dict[str, float]:
+    """The disagreement of the fused kernel of dropout, sum and LayerNorm from these in float32, of output and
+    gradients, by rate of dropout; SystemExit where it is too large."""
+    random = np.random.default_rng(0)
+    states = [jnp.asarray(random.standard_normal((rows, length, width)), dtype) for _ in range(3)]
+    vectors = [jnp.asarray(random.standard_normal(width), jnp.float32) for _ in range(2)]
+
+    def plain(x, part, scale, bias, rate):
+        norm = nn.LayerNorm(EPSILON, use_fast_variance=False)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x + dropout(part, rate, seeds(rows)))
+
+    def fused(x, part, scale, bias, rate):
+        return norm_of_sum(x, part, scale, bias, seeds(rows), rate, EPSILON)
+
+    def run(norm, rate, x, part, slope):
+        output, pull = jax.vjp(lambda *values: norm(*values, rate), x, part, *vectors)
+        return output, *pull(slope)
+
+    found = {}
+    for rate in (0.0, DROPOUT):
+        ours = jax.jit(run, static_argnums=(0, 1))(fused, rate, *states)
+        wanted = jax.jit(run, static_argnums=(0, 1))(plain, rate, *(x.astype(jnp.float32) for x in states))
+        found[f"dropout {rate}"] = share = largest_share(ours, wanted)
+        require(share, dtype, f"fused norm of {length} x {width}, dropout {rate}")
+    return found
+
+
+def require(share: float, dtype: str, what: str) -> None:
+    if not share <= TOLERANCE[dtype]:  # nor NaN
+        raise SystemExit(f"{what}: differs from plain by {share:.1e} of the largest value")
 
 
 # -- contestants -------------------------------------------------------------------------------------------------------
@@ -170,7 +227,8 @@ def main() -> None:
         rows = max(1, tokens // length)
         inputs = make_inputs(rows, length, options.heads, options.width, dtype)
         masks = {kind: make_mask(kind, rows, length) for kind in ("padding", "documents")}
-        agreement = check(inputs, masks)
+        fused = ["fused"] if not on_cpu and fits(length, options.width) else []
+        agreement = check(inputs, masks, implementations() + fused)
         for kind, mask in masks.items():
             for backward in (False, True):
                 contestants = electrax_passes(inputs, mask, backward)

@@ -15,8 +15,8 @@ from electrax.cli import use_compilation_cache
 from electrax.config import build, find_config, load
 from electrax.experiment.augment import AugmentConfig, augment
 from electrax.experiment.config import FinetuneConfig
-from electrax.report.common import show_table
 from electrax.experiment.results import read_results
+from electrax.report.common import show_table
 from electrax.report.finetune import finetune_and_report
 
 TASKS = ("sst2", "mrpc")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.report import alternate, environment, ratios, shown, spread, versions, write
+from benchmarks.report import alternate, environment, ratios, require_cpu, shown, spread, versions, write
 from electrax.inference.generation import continue_rows
 from electrax.models.decoding import Sampling
 from electrax.models.encoder import Embeddings, EncoderConfig
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--check", action="store_true", help="keep no results")
     arguments = parser.parse_args()
+    require_cpu()
     options = (arguments.layers, arguments.tokens, arguments.prompt + arguments.tokens)
     makers = {"electrax": electrax_generate, "transformers": transformers_generate}
     runs = {name: make(*options) for name, make in makers.items()}

@@ -21,8 +21,8 @@ from benchmarks.word_vectors import start
 from electrax.cli import use_compilation_cache
 from electrax.config import build, find_config, load, read_toml
 from electrax.experiment.config import FinetuneConfig, PretrainConfig
-from electrax.report.common import show_table
 from electrax.experiment.results import read_results
+from electrax.report.common import show_table
 from electrax.report.finetune import finetune_and_report
 from electrax.report.pretrain import pretrain_and_report
 

@@ -4,10 +4,11 @@
     python -m benchmarks.gpu_program [--cases "base, L128" …]
 
 The cases and variants are those of benchmarks.accelerator. For each: kernels that are launched, bytes that they read
-and write, the memory that the step needs, and the time that this would take if a kernel took BANDWIDTH or PRODUCTS,
-whichever lasts longer, and LAUNCH. Products are Triton's, as without a GPU none can be tried, so bias and activation
-are kernels of their own where cuBLAS may take them in; what a kernel gathers counts as read whole. So it says where the
-time goes, and what a change saves; how long a step takes only a GPU says.
+and write, the memory that the step needs with its state and rows, and the time that this would take if a kernel took
+BANDWIDTH or PRODUCTS, whichever lasts longer, and LAUNCH. Products are Triton's, as without a GPU none can be tried, so
+bias and activation are kernels of their own where cuBLAS may take them in. Of what a kernel only cuts or gathers pieces
+out of the pieces count, and of the fused kernels the bytes alone, not their products. So it says where the time goes,
+and what a change saves; how long a step takes only a GPU says.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from benchmarks.accelerator import CASES, FREE_BATCHES, WORDS
+from benchmarks.accelerator import CASES, FREE_BATCHES, WORDS, needed_bytes
 from benchmarks.pretrain_step import SPECIAL, VOCABULARY, RandomCorpus, step_config
 from benchmarks.report import environment, write
 from electrax.experiment.config import PretrainConfig
@@ -119,7 +120,7 @@ def kernels(program: dict[str, Computation], name: str) -> Iterator[Kernel]:
 
 
 def read_bytes(own: Computation, inside: Computation, operands: list[str], operand: str) -> int:
-    """Of an operand: all, or where a fusion only cuts pieces out of it these."""
+    """Of an operand: all, or where a fusion only cuts or gathers pieces out of it these."""
     if operand not in own:
         return 0
     place = str(operands.index(operand))
@@ -191,11 +192,10 @@ def main() -> None:
         case = CASES[name]
         results[name] = {}
         for variant, words in case.variants.items():
-            batch = case.batch or FREE_BATCHES[0]
-            compiled, flops = compiled_step(
-                step_config(case.size, batch, case.length, *WORDS.split(), *words.split()), device
-            )
-            found = {"batch": batch, "needed_bytes": compiled.memory_analysis().temp_size_in_bytes, "flops": flops}
+            batch = case.batch or min(FREE_BATCHES)
+            config = step_config(case.size, batch, case.length, *f"{WORDS} {case.words} {words}".split())
+            compiled, flops = compiled_step(config, device)
+            found = {"batch": batch, "needed_bytes": needed_bytes(compiled), "flops": flops}
             results[name][variant] = found | describe(compiled.as_text())
             print(
                 f"{name:20}{variant:20}{found['batch']:>5} x {case.length:<5}{found['kernels']:>6} kernels "

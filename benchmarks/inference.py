@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks.predict import BATCH, LONGEST, get_tokenizer, made_rows, transformers_tokenizer
-from benchmarks.report import alternate, environment, ratios, shown, spread, versions, write
+from benchmarks.report import alternate, environment, ratios, require_cpu, shown, spread, versions, write
 from electrax.data.tokenizer import Tokenizer
 from electrax.inference.model import PretrainedModel
 from electrax.models.encoder import EncoderConfig
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", help="only these of the work")
     parser.add_argument("--vocabulary", default="../shared/data/vocab/vocab.txt", help="a vocab.txt, lower case")
     options = parser.parse_args()
+    require_cpu()
     tokenizer = get_tokenizer(options.vocabulary)
     encoder = discriminator_shape(ModelConfig(size=options.size), tokenizer.vocab_size)
     task = ClassifyTask(encoder, tokenizer.pad_id, tokenizer.sep_id, classes=("a", "b"), style="dense")

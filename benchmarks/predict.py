@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks.finetune_step import CLASSES
-from benchmarks.report import alternate, environment, percentiles, write
+from benchmarks.report import alternate, environment, percentiles, require_cpu, write
 from electrax.data.corpus import sample_path
 from electrax.data.encoded import encode_pairs
 from electrax.data.examples import BadRows
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--glue", default="../shared/data/glue", help="folder with GLUE's files")
     parser.add_argument("--vocabulary", default="../shared/data/vocab/vocab.txt", help="a vocab.txt, lower case")
     options = parser.parse_args()
+    require_cpu()
     tokenizer = get_tokenizer(options.vocabulary)
     encoder = discriminator_shape(ModelConfig(size=options.size), tokenizer.vocab_size)
     task = ClassifyTask(encoder, tokenizer.pad_id, tokenizer.sep_id, classes=CLASSES, style="dense")

@@ -55,6 +55,17 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: version(name) for name in packages}
 
 
+def require_cpu() -> None:
+    """Ends the program where JAX would compute elsewhere than PyTorch, which it compares with on the CPU."""
+    import jax
+
+    if (backend := jax.default_backend()) != "cpu":
+        print(
+            f"{_program()}: PyTorch takes the CPU here, and JAX the {backend}; set JAX_PLATFORMS=cpu", file=sys.stderr
+        )
+        sys.exit(2)
+
+
 def environment(versions: dict[str, str] | None = None) -> dict:
     """Device, versions, date and command."""
     import jax
@@ -62,7 +73,7 @@ def environment(versions: dict[str, str] | None = None) -> dict:
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _program(), *sys.argv[1:]]),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processor": f"{cpu or platform.processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
@@ -77,6 +88,10 @@ def write(name: str, results: dict) -> Path:
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return path
+
+
+def _program() -> str:
+    return f"benchmarks.{Path(sys.argv[0]).stem}"
 
 
 def _lines(path: str) -> list[str]:

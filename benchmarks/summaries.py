@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.report import environment, write
-from electrax.report.common import show_table
 from electrax.experiment.results import read_results
+from electrax.report.common import show_table
 from electrax.tasks.texts import METRICS, figures
 
 DEV = {"headlines": "wikinews-headlines/valid.jsonl.gz", "scitldr": "scitldr-a/dev.jsonl.gz"}

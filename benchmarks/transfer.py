@@ -22,8 +22,8 @@ from electrax.cli import use_compilation_cache
 from electrax.config import find_config, load
 from electrax.experiment.config import FinetuneConfig, read_config
 from electrax.experiment.finetune import SHAPE
-from electrax.report.common import show_table
 from electrax.experiment.results import read_results
+from electrax.report.common import show_table
 from electrax.report.finetune import finetune_and_report
 
 TASKS = ("sst2", "cola", "mrpc", "stsb", "wnut17")

@@ -1,10 +1,10 @@
 """Compiler flags of XLA, each against none: the pretraining step of ELECTRA-Small in fresh processes.
 
-    python -m benchmarks.xla_flags [--rounds 3] [--steps 5] [--batch 16] [--flags=--xla_… …]
+    python -m benchmarks.xla_flags [--rounds 3] [--calls 5] [--batch 16] [--flags=--xla_… …]
 
 A flag is read when JAX starts, so every measurement is a process of its own; the processes of one flag and of none take
-turns. Ratios are flag / none of the same round (below 1 is faster): of a step's time, and of the first step's, which
-compiles.
+turns. Ratios are flag / none of the same round (below 1 is faster): of a step's time, and of the first call's, which
+compiles. On a GPU, where a process takes about two minutes, in bfloat16, with other flags and more rows.
 """
 
 import argparse
@@ -14,10 +14,12 @@ import subprocess
 import sys
 import time
 
+import jax
+
 from benchmarks.report import environment, spread, write
 from electrax.xla_flags import FLAGS
 
-CANDIDATES = (
+CPU_CANDIDATES = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_prefer_vector_width=512",
     "--xla_cpu_enable_fast_math=true",
@@ -28,26 +30,37 @@ CANDIDATES = (
     "--xla_cpu_use_multi_output_fusion=true",
     "--xla_backend_optimization_level=1",
 )
+GPU_CANDIDATES = (
+    *FLAGS,
+    "--xla_gpu_enable_command_buffer=",
+    "--xla_gpu_enable_triton_gemm=false",
+    "--xla_gpu_triton_gemm_any=true",
+    "--xla_gpu_enable_cublaslt=true",
+    "--xla_gpu_cudnn_gemm_fusion_level=2",
+    "--xla_gpu_exhaustive_tiling_search=true",
+    "--xla_gpu_enable_while_loop_double_buffering=true",
+)
 
 
-def measure_here(batch: int, steps: int) -> dict:
-    """Of this process: seconds of the first step and of each after it."""
-    from benchmarks.pretrain_step import electrax_step
+def measure_here(batch: int, calls: int) -> dict:
+    """Of this process: seconds of the first call, and of a step in those after it."""
+    from benchmarks.pretrain_step import Training, step_config
 
-    run, _ = electrax_step("small", batch, 128, 0)
+    words = [] if jax.default_backend() == "cpu" else ["--model.compute_dtype=bfloat16"]
+    training = Training(step_config("small", batch, 128, *words))
     seconds = []
-    for _ in range(steps + 1):
+    for _ in range(calls + 1):
         start = time.perf_counter()
-        run()
+        float(training.start())
         seconds.append(time.perf_counter() - start)
-    return {"first": seconds[0], "step": sorted(seconds[1:])[steps // 2]}
+    return {"first": seconds[0], "step": sorted(seconds[1:])[calls // 2] / training.steps_a_call}
 
 
 def measure(flags: str, options: argparse.Namespace) -> dict:
     """Of a fresh process with these flags and no compilation cache."""
     command = [sys.executable, "-m", "benchmarks.xla_flags", "--here", f"--batch={options.batch}"]
     found = subprocess.run(
-        [*command, f"--steps={options.steps}"],
+        [*command, f"--calls={options.calls}"],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"},
         stdout=subprocess.PIPE,
         text=True,
@@ -56,17 +69,26 @@ def measure(flags: str, options: argparse.Namespace) -> dict:
     return json.loads(found.stdout.splitlines()[-1])
 
 
+def platform() -> str:
+    """JAX's, asked for by a process of its own: one that has a GPU takes its memory."""
+    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--flags", nargs="+", default=CANDIDATES)
+    parser.add_argument("--calls", type=int, default=5, help="of one step on a CPU, of several on a GPU")
+    parser.add_argument("--batch", type=int, default=0, help="rows; 0: 16 on a CPU, 128 on a GPU")
+    parser.add_argument("--flags", nargs="+", default=[], help="instead of those for the platform")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(measure_here(options.batch, options.steps)))
+        print(json.dumps(measure_here(options.batch, options.calls)))
         return
+    on_cpu = platform() == "cpu"
+    options.batch = options.batch or (16 if on_cpu else 128)
+    options.flags = options.flags or (CPU_CANDIDATES if on_cpu else GPU_CANDIDATES)
     rounds: dict[str, list[dict]] = {flag: [] for flag in ("", *options.flags)}
     for _ in range(options.rounds):
         for flag, found in rounds.items():
