@@ -22,10 +22,9 @@ from electrax.models.sizes import GeneratorKind
 from electrax.tasks import corruption
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 from electrax.tasks.metrics import area_under_curve
-from electrax.tasks.vocabulary import by_rows, cross_entropy, devices_of_tensors, is_largest
+from electrax.tasks.vocabulary import by_rows, cross_entropy, is_largest, rows_at_once
 
 EPSILON = 1e-6  # the reference adds it to every denominator
-MOST_LOGITS = 2**28  # of a device, held at once: 1 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,13 +255,6 @@ class PretrainTask:
                 found["noise_log_odds"] = self._noise_log_odds(logits, found["corrupted"])
         return found
 
-    def rows_at_once(self, rows: int, places: int) -> int:
-        """The largest divisor of `rows` that holds as few logits as wanted, with logits at `places` of a row."""
-        most = self.objective.vocabulary_rows or (
-            MOST_LOGITS * devices_of_tensors() // (places * self.generator.padded_vocab_size)
-        )
-        return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
-
     def _corrupt(self, rows: Batch, logits: Float[Array, "B M V"]) -> Batch:
         """Samples at the slots, the rows with every used slot (the kept ones too) replaced by its sample, and which
         tokens count as replaced: those that changed, or with Electric all that were chosen."""
@@ -300,7 +292,8 @@ class PretrainTask:
         context = self._context(ids)
         rows = {name: prepared[name] for name in ("ids", "slots", "used", "sample_key")}
         rows["state"] = self._generate(params, prepared, context, train)
-        found = by_rows(lambda some: self._predict(params, some), rows, self.rows_at_once(*rows["state"].shape[:2]))
+        held = rows_at_once(*rows["state"].shape[:2], self.generator.padded_vocab_size, self.objective.vocabulary_rows)
+        found = by_rows(lambda some: self._predict(params, some), rows, held)
         original = jnp.take_along_axis(ids, prepared["slots"], axis=1)
         weight = prepared["place_weight" if self.predicts_all else "slot_weight"]
         loss = o.generator_weight * jnp.sum(found["cross_entropy"] * weight)

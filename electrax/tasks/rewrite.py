@@ -20,6 +20,7 @@ from electrax.models.masks import one_way_mask, padding_mask
 from electrax.tasks import texts as scorers
 from electrax.tasks.base import Batch, Mean, Metrics, Params
 from electrax.tasks.finetune import FinetuneTask
+from electrax.tasks.vocabulary import by_rows, cross_entropy, is_largest, rows_at_once
 
 DecoderWeights = Literal["encoder", "shared", "fresh"]
 
@@ -117,6 +118,10 @@ class RewriteTask(FinetuneTask):
 
     def logits(self, params: Params, prepared: Batch, train: bool = False) -> Float[Array, "B U V"]:
         """Of each target token but the first, from the source and the target tokens before it."""
+        return self._output(params, self._states(params, prepared, train))
+
+    def _states(self, params: Params, prepared: Batch, train: bool) -> Float[Array, "B U E"]:
+        """What `_output` makes into logits."""
         ids, target = prepared["ids"].astype(jnp.int32), prepared["target"].astype(jnp.int32)[:, :-1]
         body, top = prepared["dropout_seed"].T if train else (None, None)
         memory = self.hidden(params, ids, body)
@@ -125,29 +130,34 @@ class RewriteTask(FinetuneTask):
         hidden = Encoder(self.decoder).apply(
             {"params": self.decoder_params(params)}, embedded, mask, None, top, memory, padding_mask(ids != self.pad_id)
         )
-        return self.head().apply({"params": params["head"]}, hidden, params[self._table]["word"])
+        return self.head().apply({"params": params["head"]}, hidden, method="transform")
 
-    def _cross_entropy(
-        self, logits: Float[Array, "B T V"], target: Int[Array, "B T"], smoothing: float
-    ) -> Float[Array, "B T"]:
-        """With the share `smoothing` of the target's probability spread evenly over all tokens (Szegedy et al. 2016,
-        section 7)."""
-        total = jax.nn.logsumexp(logits, axis=-1)
-        true = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        mean = jnp.mean(logits[..., : self.decoder.vocab_size], axis=-1) if smoothing else 0.0
-        return total - (1 - smoothing) * true - smoothing * mean
+    def _output(self, params: Params, states: Float[Array, "B U E"]) -> Float[Array, "B U V"]:
+        word = params[self._table]["word"]
+        with jax.named_scope("vocabulary"):
+            return self.head().apply({"params": params["head"]}, states, word, method="logits")
+
+    def _predict(self, params: Params, prepared: Batch, train: bool = False) -> Batch:
+        """All that needs logits, of each target token but the first: its cross entropy, the same with the target
+        `smoothed`, and whether it is the likeliest."""
+        rows = {"state": self._states(params, prepared, train), "target": prepared["target"][:, 1:].astype(jnp.int32)}
+
+        def predict(rows: Batch) -> Batch:
+            logits, target = self._output(params, rows["state"]), rows["target"]
+            with jax.named_scope("vocabulary"):
+                return {
+                    "smoothed": cross_entropy(logits, target, self.label_smoothing, self.decoder.vocab_size),
+                    "cross_entropy": cross_entropy(jax.lax.stop_gradient(logits), target),
+                    "is_largest": is_largest(logits, target),
+                }
+
+        return by_rows(predict, rows, rows_at_once(*rows["target"].shape, self.decoder.padded_vocab_size))
 
     def loss(self, params: Params, prepared: Batch) -> tuple[Float[Array, ""], Metrics]:
-        logits, target, weight = (
-            self.logits(params, prepared, train=True),
-            prepared["target"][:, 1:],
-            self._weight(prepared),
-        )
-        losses = self._cross_entropy(logits, target, self.label_smoothing)
-        right = jnp.argmax(logits, -1) == target
-        return jnp.sum(losses * prepared["share"]), {
-            "token_loss": Mean.of(self._cross_entropy(logits, target, 0.0), weight),
-            "accuracy": Mean.of(right, weight),
+        found, weight = self._predict(params, prepared, train=True), self._weight(prepared)
+        return jnp.sum(found["smoothed"] * prepared["share"]), {
+            "token_loss": Mean.of(found["cross_entropy"], weight),
+            "accuracy": Mean.of(found["is_largest"], weight),
         }
 
     # -- decoding -----------------------------------------------------------------------------------------------------
@@ -205,10 +215,10 @@ class RewriteTask(FinetuneTask):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, params: Params, prepared: Batch) -> tuple[Metrics, dict[str, jax.Array]]:
-        logits, target, weight = self.logits(params, prepared), prepared["target"][:, 1:], self._weight(prepared)
+        found, weight = self._predict(params, prepared), self._weight(prepared)
         means = {
-            "loss": Mean.of(self._cross_entropy(logits, target, 0.0), weight),
-            "accuracy": Mean.of(jnp.argmax(logits, -1) == target, weight),
+            "loss": Mean.of(found["cross_entropy"], weight),
+            "accuracy": Mean.of(found["is_largest"], weight),
         }
         if self.metric in ("loss", "accuracy"):
             return means, {}

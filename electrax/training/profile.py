@@ -6,7 +6,7 @@ import pathlib
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +20,11 @@ WARM_UP, TRACED = 2, 5  # steps
 PARTS = (
     (r"(^|/)optimizer(/|$)", "optimizer"),
     (r"(^|/|\()prepare(/|\)|$)", "masking"),
-    (r"Generator\)*/head/|(^|/|\()(vocabulary|sampling)(/|\)|$)", "vocabulary"),
+    (r"(^|/|\()(vocabulary|sampling)(/|\)|$)", "vocabulary"),
     (r"Embeddings|embeddings_project", "embeddings"),
-    (r"/attention/(?!(qkv|output)/)", "attention"),
+    (r"/(cross_)?attention/(?!(cross_attention\.project/)?(qkv|query|key_value|output)/)", "attention"),
     (r"(dot_general|transpose)$", "matrix products"),
-    (r"/(layer_\d+|Block_\d+|encoder|head)/", "norms, activations, dropout"),
+    (r"[/(](layer_\d+|Block_\d+|[Ee]ncoder|\w*[Hh]ead(\.transform)?)[/)]", "norms, activations, dropout"),
 )
 OTHER = "other"
 
@@ -36,27 +36,48 @@ class Profile(NamedTuple):
     parts: dict[str, float]  # the share of the devices' time, largest first
 
 
+class Program(NamedTuple):
+    module: str  # its name, which the programs of one function share
+    operations: dict[str, str]  # by what JAX called each, such as jit(step)/…/attention/dot_general
+
+
+class Run(NamedTuple):
+    """What an operation of a trace ran in: on a CPU one call of a program, on a GPU all calls of one."""
+
+    module: str
+    number: str
+
+
 class ProfiledStep:
     """A step of which a few calls are traced, after those that warm up; the trace is kept in `directory`."""
 
     def __init__(self, step: Step, directory: AnyPath):
         self._step, self._directory = step, directory
-        self._calls, self._traced, self._began, self._seconds = 0, 0, 0.0, 0.0
-        self._programs: list[jax.stages.Compiled] = []
+        self._calls, self._began, self._seconds = 0, 0.0, 0.0
+        self._programs: dict[tuple, jax.stages.Compiled] = {}  # by the shapes of their batches
+        self._traced: list[tuple] = []  # the shapes of each call
         self._open = False
 
     def __call__(self, state: TrainState, batch: Batch) -> StepResult:
+        if self._calls >= WARM_UP and len(self._traced) < TRACED:
+            self._traced.append(self._compiled(state, batch))
         if self._calls == WARM_UP:
             self._start(state)
-        if self._open and (program := self._step.compiled(state, batch)) not in self._programs:
-            self._programs.append(program)
         result = self._step(state, batch)
         self._calls += 1
-        if self._open:
-            self._traced += 1
-            if self._traced == TRACED:
-                self._stop(result)
+        if self._open and len(self._traced) == TRACED:
+            self._stop(result)
         return result
+
+    def _compiled(self, state: TrainState, batch: Batch) -> tuple:
+        """The shapes of a batch whose program is there; the time of making it does not count."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._programs:
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            self._programs[shapes] = self._step.compiled(state, batch)
+            self._began += time.perf_counter() - began
+        return shapes
 
     def _start(self, state: TrainState) -> None:
         options = jax.profiler.ProfileOptions()
@@ -77,25 +98,40 @@ class ProfiledStep:
         if not self._traced:
             return None
         events = read_events(self._directory)
-        names: dict[str, str] = {}
-        for program in self._programs:
-            names |= operation_names(program.as_text())
+        programs = {shapes: read_program(program.as_text()) for shapes, program in self._programs.items()}
+        names = operation_names(events, [programs[shapes] for shapes in self._traced])
         parts = Counter[str]()
-        for name, microseconds in own_time(events).items():
-            parts[part_of(names.get(name, ""))] += microseconds
+        for (run, name), microseconds in own_time(events).items():
+            parts[part_of(names.get(run, {}).get(name, ""))] += microseconds
         total = sum(parts.values()) or 1.0
         shares = {name: value / total for name, value in parts.most_common()}
-        return Profile(self._traced, self._seconds, busy_time(events) / 1e6 / self._seconds, shares)
+        return Profile(len(self._traced), self._seconds, busy_time(events) / 1e6 / self._seconds, shares)
 
 
 def part_of(path: str) -> str:
     return next((part for pattern, part in PARTS if re.search(pattern, path)), OTHER)
 
 
-def operation_names(program: str) -> dict[str, str]:
-    """The operations of a compiled program by what JAX called each, such as jit(step)/…/attention/dot_general."""
-    lines = re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{op_name="([^"]*)"', program, re.MULTILINE)
-    return dict(lines)
+def read_program(text: str) -> Program:
+    module = re.match(r"HloModule ([\w.\-]+)", text)
+    lines = re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{op_name="([^"]*)"', text, re.MULTILINE)
+    return Program(module[1] if module else "", dict(lines))
+
+
+def operation_names(events: Iterable[Mapping[str, Any]], called: Sequence[Program]) -> dict[Run, dict[str, str]]:
+    """What JAX called the operations of each run of the programs that were `called`, in that order. The events do not
+    say which program a run is of, but runs begin in the order of the calls."""
+    modules = {program.module for program in called}
+    in_order = (run_of(event) for event in sorted(events, key=lambda event: event["ts"]))
+    runs = list(dict.fromkeys(run for run in in_order if run.module in modules))
+    if len(runs) != len(called):
+        called = list({id(program): program for program in called}.values())
+    return {run: program.operations for run, program in zip(runs, called, strict=False)}
+
+
+def run_of(event: Mapping[str, Any]) -> Run:
+    found = event["args"]
+    return Run(found.get("hlo_module", ""), found.get("run_id") or found.get("program_id", ""))
 
 
 def read_events(directory: pathlib.Path) -> list[dict[str, Any]]:
@@ -106,14 +142,15 @@ def read_events(directory: pathlib.Path) -> list[dict[str, Any]]:
     return [event for event in events if event.get("ph") == "X" and "hlo_op" in (event.get("args") or {})]
 
 
-def own_time(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def own_time(events: Iterable[Mapping[str, Any]]) -> dict[tuple[Run, str], float]:
     """Microseconds of each operation without those of the operations inside it, over all threads."""
     threads = defaultdict(list)
     for event in events:
-        threads[event["pid"], event["tid"]].append((event["ts"], -event["dur"], event["args"]["hlo_op"]))
-    total = Counter[str]()
+        name = run_of(event), event["args"]["hlo_op"]
+        threads[event["pid"], event["tid"]].append((event["ts"], -event["dur"], name))
+    total = Counter[tuple[Run, str]]()
     for found in threads.values():
-        around: list[tuple[float, str]] = []  # where each operation that is under way ends
+        around: list[tuple[float, tuple[Run, str]]] = []  # where each operation that is under way ends
         for start, minus_duration, name in sorted(found):
             while around and around[-1][0] <= start:
                 around.pop()

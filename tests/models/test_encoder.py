@@ -477,6 +477,13 @@ def test_the_encoder_passes_its_attention_implementation_on(monkeypatch):
     other = run_packed(dataclasses.replace(MODERN, attention="xla"), params, IDS[:1])
     assert set(taken) == {"xla"}
     np.testing.assert_allclose(other, plain, rtol=1e-3, atol=1e-4)
+    weights = jax.random.normal(jax.random.key(3), plain.shape)
+    gradients = [
+        jax.jit(jax.grad(lambda params, config=config: (run_packed(config, params, IDS[:1]) * weights).sum()))(params)
+        for config in (MODERN, dataclasses.replace(MODERN, attention="xla"))
+    ]
+    for leaf, wanted in zip(jax.tree.leaves(gradients[1]), jax.tree.leaves(gradients[0]), strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-3, atol=1e-4 * max(1.0, float(jnp.abs(wanted).max())))
 
 
 @pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "accelerator"])

@@ -19,6 +19,7 @@ from electrax.tasks.answer import AnswerTask
 from electrax.training.evaluate import make_evaluate
 from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.tracking import Record
+from tests.fixtures.microbatches import assert_parts_add_up
 from tests.fixtures.weights import random_params
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] who sat where the cat on mat red and ran far ##s cafe 東 京 , .".split()
@@ -143,6 +144,13 @@ def test_the_loss_is_a_mean_over_windows_or_faithfully_their_sum_and_fillers_cou
     assert float(loss) == pytest.approx((spans + 0.5 * nulls).mean(), rel=1e-5)
     assert float(total) == pytest.approx((spans + 0.5 * nulls).sum(), rel=1e-5)
     assert float(found["span_loss"].weight) == 2
+
+
+@pytest.mark.parametrize("style", ["joint", "plain"])
+def test_loss_and_gradients_of_single_windows_add_up(tokenizer, style):
+    task = make_task(tokenizer, TRAINED, style=style, no_answer=True)
+    prepared = task.prepare(batch_of(task, [0, 1, 2, -1]), jax.random.split(jax.random.key(1), 4))
+    assert_parts_add_up(task, params_of(task), prepared)
 
 
 def test_training_drops_units_of_the_encoder_and_evaluation_does_not(tokenizer):

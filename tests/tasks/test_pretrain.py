@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from electrax.models.encoder import Embeddings, EncoderConfig
 from electrax.models.generator import Generator
 from electrax.models.masks import document_index, document_mask, document_positions
 from electrax.tasks.pretrain import ObjectiveConfig, PretrainTask, SpecialIds
-from electrax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
+from electrax.training.sharding import MeshConfig, make_mesh
 from electrax.training.state import gradients
 from tests.fixtures.pretraining import (
     FAST_COMPILE,
@@ -381,29 +380,6 @@ def test_no_more_logits_are_held_at_once_than_those_of_a_chunk(evaluated):
     task, prepared, _, _ = evaluated
     assert largest_logits(task, prepared) == 4 * SLOTS
     assert largest_logits(at_once(task, 1), prepared) == SLOTS
-
-
-def test_by_default_a_chunk_of_rows_has_at_most_a_gib_of_logits():
-    wide = dataclasses.replace(make_task(), generator=dataclasses.replace(SMALL, vocab_size=1_000_000))
-    devices = jax.device_count()
-
-    # 128 x 20 x 1,000,064 logits are 9.5 GiB: of the divisors of 128, one device takes 8
-    assert wide.rows_at_once(128, 20) == min(128, {1: 8, 2: 16, 4: 32, 8: 64}[devices])
-    assert make_task().rows_at_once(128, 20) == 128
-
-
-def test_a_device_that_takes_its_own_rows_holds_a_gib_of_their_logits_whatever_the_number_of_devices():
-    wide = dataclasses.replace(make_task(), generator=dataclasses.replace(SMALL, vocab_size=1_000_000))
-    found = []
-
-    def take(rows):
-        found.append(wide.rows_at_once(128, 20))
-        return rows
-
-    mesh, rows = make_mesh(MeshConfig()), PartitionSpec(BATCH_AXES)
-    take_own = jax.shard_map(take, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(BATCH_AXES))
-    jax.eval_shape(take_own, jax.ShapeDtypeStruct((jax.device_count(),), jnp.float32))
-    assert found == [8]
 
 
 # -- figures of an evaluation -----------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
+from electrax.tasks import vocabulary
 from electrax.tasks.rewrite import RewriteTask
 from electrax.training.sharding import spec_of
+from tests.fixtures.microbatches import assert_parts_add_up
 
 ENCODER = EncoderConfig(20, 2, 16, 2, 24, embedding_width=8, max_length=12, dropout=0.0, attention_dropout=0.0)
 PAD, CLS, SEP = 0, 2, 3
@@ -149,6 +151,79 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_every_target_token():
     np.testing.assert_allclose(loss, -0.9 * np.mean(true) - 0.1 * np.mean(mean), rtol=1e-5)
     np.testing.assert_allclose(metrics["token_loss"].value(), -np.mean(true), rtol=1e-5)
     assert metrics["token_loss"].weight == 7
+
+
+def of_rows(task: RewriteTask, rows: int, length: int) -> dict:
+    """A prepared batch whose targets are of different lengths."""
+    target = np.array(jax.random.randint(jax.random.key(2), (rows, length), 4, task.decoder.vocab_size))
+    for row in range(rows):
+        target[row, length - row % 3 :] = PAD
+    batch = {"ids": jnp.asarray(np.resize(IDS, (rows, 6))), "target": jnp.asarray(target), "weight": jnp.ones(rows)}
+    return task.prepare(batch, jax.random.split(jax.random.key(0), rows))
+
+
+def hold_logits_of(monkeypatch, task: RewriteTask, rows: int, places: int) -> None:
+    held = rows * places * task.decoder.padded_vocab_size
+    monkeypatch.setattr(vocabulary, "MOST_LOGITS", -(-held // jax.device_count()))
+
+
+def plain_loss(task: RewriteTask, params: dict, prepared: dict) -> jax.Array:
+    """From all logits at once, with the gradient that JAX finds."""
+    target, s = prepared["target"][:, 1:], task.label_smoothing
+    log_p = jax.nn.log_softmax(task.logits(params, prepared, train=True))
+    true = jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
+    mean = jnp.mean(log_p[..., : task.decoder.vocab_size], axis=-1)
+    return jnp.sum(((s - 1) * true - s * mean) * prepared["share"])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [1, 2, 6])
+def test_loss_and_gradients_are_the_plain_ones_however_many_rows_logits_are_held(monkeypatch, rows, smoothing):
+    task = task_of(own_vocabulary=True, vocab_size=140, label_smoothing=smoothing)
+    task = dataclasses.replace(task, decoder=dataclasses.replace(task.decoder, dropout=0.1))
+    params, prepared = params_of(task), of_rows(task, 6, 5)
+    expected = jax.jit(jax.value_and_grad(lambda params: plain_loss(task, params, prepared)))(params)
+    hold_logits_of(monkeypatch, task, rows, places=4)
+    loss, grads = jax.jit(jax.value_and_grad(lambda params: task.loss(params, prepared)[0]))(params)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+    for own, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-6 * max(1.0, float(jnp.abs(other).max())))
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_an_evaluation_is_the_plain_one_however_many_rows_logits_are_held(monkeypatch, rows):
+    task = task_of(own_vocabulary=True, vocab_size=140)
+    params, prepared = params_of(task), of_rows(task, 6, 5)
+    target, logits = np.array(prepared["target"]), logits_of(task, params, prepared["ids"], prepared["target"])
+    target[:, 1] = logits[:, 0].argmax(-1)  # some are right
+    prepared = prepared | {"target": jnp.asarray(target)}
+    logits, real = logits_of(task, params, prepared["ids"], target), target[:, 1:] != PAD
+    log_p = np.take_along_axis(logits, target[:, 1:, None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
+    right = (logits.argmax(-1) == target[:, 1:])[real].mean()
+    hold_logits_of(monkeypatch, task, rows, places=4)
+    means, _ = jax.jit(lambda params: task.evaluate(params, prepared))(params)
+    np.testing.assert_allclose(means["loss"].value(), -log_p[real].mean(), rtol=1e-5)
+    np.testing.assert_allclose(means["accuracy"].value(), right, rtol=1e-6)
+    assert 0 < right < 1
+
+
+def test_a_step_holds_no_more_logits_at_once_than_those_of_a_chunk(monkeypatch):
+    task = task_of(own_vocabulary=True, vocab_size=8192)
+    params, prepared = jax.eval_shape(lambda: task.init(jax.random.key(0), BATCH)), of_rows(task, 16, 12)
+    logits = 16 * 11 * 8192 * 4  # bytes
+
+    def temporary() -> int:
+        gradient = jax.jit(jax.grad(lambda *given: task.loss(*given), has_aux=True))
+        return gradient.lower(params, prepared).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary() > logits
+    hold_logits_of(monkeypatch, task, 1, places=11)
+    assert temporary() < logits / 2
+
+
+def test_loss_and_gradients_of_single_rows_add_up():
+    task = dataclasses.replace(task_of(), decoder=dataclasses.replace(task_of().decoder, dropout=0.1))
+    assert_parts_add_up(task, params_of(task), of_rows(task, 3, 5))
 
 
 def test_rows_that_fill_a_batch_do_not_count():

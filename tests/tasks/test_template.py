@@ -12,6 +12,7 @@ from electrax.models.discriminator import Discriminator
 from electrax.models.encoder import Embeddings, EncoderConfig
 from electrax.models.masks import padding_mask
 from electrax.tasks.template import TemplateTask
+from tests.fixtures.microbatches import assert_parts_add_up
 from tests.fixtures.weights import random_params
 
 PAD, CLS, SEP, LENGTH = 0, 2, 3, 8
@@ -153,6 +154,11 @@ def test_rows_that_only_fill_the_batch_and_more_padding_change_nothing():
     assert float(loss) == pytest.approx(float(alone), rel=1e-5)
     for leaf, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_and_gradients_of_single_rows_add_up():
+    task = make_task(ENCODER)
+    assert_parts_add_up(task, params_of(task), task.prepare(make_rows(), KEYS[:4]))
 
 
 def test_the_gradient_reaches_every_parameter():
