@@ -196,7 +196,7 @@ def main() -> None:
             config = step_config(case.size, batch, case.length, *f"{WORDS} {case.words} {words}".split())
             compiled, flops = compiled_step(config, device)
             found = {"batch": batch, "needed_bytes": needed_bytes(compiled), "flops": flops}
-            results[name][variant] = found | describe(compiled.as_text())
+            results[name][variant] = found = found | describe(compiled.as_text())
             print(
                 f"{name:20}{variant:20}{found['batch']:>5} x {case.length:<5}{found['kernels']:>6} kernels "
                 f"{found['bytes'] / 1e9:8.1f} GB {found['seconds'] * 1e3:8.2f} ms; needs "
