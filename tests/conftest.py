@@ -7,6 +7,8 @@ import pathlib
 # less than half the time, in child processes too
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# as many workers as cores leave nothing for a program's parts to be compiled on at once
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 # eight devices on a busy machine of two cores may wait for each other longer than the 40 s after which XLA aborts
 os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
 

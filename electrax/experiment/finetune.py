@@ -155,8 +155,8 @@ def plan(config: FinetuneConfig) -> Plan:
     return plan_run(config, task, rows.train.longest(), mesh, config.steps or 1, imagined)
 
 
-def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
-    """Reads and checks all rows and everything else before step 0."""
+def set_up(config: FinetuneConfig, early: bool = False) -> tuple[Run, TaskRows]:
+    """Reads and checks all rows and everything else before step 0; `early` as in assemble."""
     with together():
         mesh = mesh_for(config)
         config, tokenizer, rows, task = check(config)
@@ -184,6 +184,7 @@ def set_up(config: FinetuneConfig) -> tuple[Run, TaskRows]:
         patience=config.eval.patience,
         initial=initial if config.init_from else None,
         is_frozen=task.is_frozen,
+        early=early,
     )
     return run, dataclasses.replace(rows, notes=(*rows.notes, *start_notes(config, rows.head, tokenizer)))
 

@@ -149,8 +149,8 @@ def plan(config: PretrainConfig) -> Plan:
     return plan_run(config, task, example, mesh, config.steps or 1, imagined)
 
 
-def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
-    """Prepares what is not there yet and checks that everything fits, before step 0."""
+def set_up(config: PretrainConfig, progress: Watcher = QUIET, early: bool = False) -> Run:
+    """Prepares what is not there yet and checks that everything fits, before step 0; `early` as in assemble."""
     with together():
         mesh, config = mesh_for(config), with_generator_shape(config)
         config, corpus = open_corpus(config, progress)
@@ -178,6 +178,7 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET) -> Run:
         ),
         feed=make_feed(config, task, corpus, mesh),
         initial=lambda drawn: start_weights(config, tokenizer, drawn),
+        early=early,
     )
 
 

@@ -92,12 +92,7 @@ class Run:
         return self.step_function.compiled(self.state, self.example_batch(self.steps_per_dispatch), several)
 
     def example_batch(self, steps: int = 1) -> Batch:
-        """A batch of the largest shape on the devices, or those of several steps."""
-        rows = local_rows(len(self.example["ids"]), self.mesh)
-        batch = {name: values[rows] for name, values in self.example.items()}
-        if steps == 1:
-            return put_batch(batch, self.mesh)
-        return put_batch({name: np.stack([values] * steps) for name, values in batch.items()}, self.mesh, leading=1)
+        return batch_like(self.example, self.mesh, steps)
 
     def models_at_once(self) -> int:
         """How many models like this one an accelerator has room to train side by side; 1 on a CPU, which would not be
@@ -134,6 +129,15 @@ class Run:
         )
 
 
+def batch_like(example: Batch, mesh: Mesh, steps: int) -> Batch:
+    """That batch on the devices, or as those of several steps."""
+    rows = local_rows(len(example["ids"]), mesh)
+    batch = {name: values[rows] for name, values in example.items()}
+    if steps == 1:
+        return put_batch(batch, mesh)
+    return put_batch({name: np.stack([values] * steps) for name, values in batch.items()}, mesh, leading=1)
+
+
 def assemble(
     config: Any,
     task: Task,
@@ -151,9 +155,11 @@ def assemble(
     feed: Feed | None = None,
     initial: Callable[[Params], Params] | None = None,
     is_frozen: Callable[[tuple[str, ...]], bool] = lambda path: False,
+    early: bool = False,
 ) -> Run:
     """Resumes from the newest whole checkpoint of the work directory; otherwise starts fresh, with the weights that
-    `initial` makes of the drawn ones. `example` is a batch of the largest shape."""
+    `initial` makes of the drawn ones. `example` is a batch of the largest shape. With `early` the step is compiled
+    while the state is made."""
     check_dropout(config.model)
     example = jax.tree.map(np.asarray, example)
     rows, *tokens = example["ids"].shape
@@ -162,6 +168,9 @@ def assemble(
     )
     optimizer = make_optimizer(config.optimizer, steps, config.faithful, is_frozen)
     abstract = abstract_state(task, optimizer, example, mesh)
+    step_function = make_step(task, optimizer, abstract, mesh, config.optimizer.microbatch, config.seed)
+    if early:
+        step_function.begin(abstract, batch_like(example, mesh, steps_per_dispatch), steps_per_dispatch > 1)
     checkpoints = Checkpoints(path_of(config.workdir) / "checkpoints", config.checkpoint.keep, tokenizer.sha256)
     restored = checkpoints.restore(abstract)
     start, state = restored or (0, fresh_state(task, optimizer, example, abstract, config.seed))
@@ -176,7 +185,7 @@ def assemble(
         steps=steps,
         start=start,
         state=state,
-        step_function=make_step(task, optimizer, abstract, mesh, config.optimizer.microbatch, config.seed),
+        step_function=step_function,
         feed=feed or host_feed(task.train_batch, task.batch_size, mesh),
         evaluate=make_evaluate(task, mesh),
         checkpoints=checkpoints,

@@ -117,7 +117,7 @@ def train_some(configs: dict[str, FinetuneConfig], command: str) -> dict[str, di
             if len(made) == at_once:
                 break
             stack.enter_context(alone(config.workdir))
-            made[name] = set_up(config)
+            made[name] = set_up(config, early=not made)  # one program does for those side by side
             if len(made) == 1:
                 console.rule(name.replace("-", " "))
                 show_preflight(*made[name])
@@ -150,7 +150,7 @@ def train_and_track_all(runs: dict[str, Run], command: str) -> dict[str, Record 
 def train_one(config: FinetuneConfig, command: str) -> dict[str, Any] | None:
     """Trains and reports one model; its results, or None after a stop that saved."""
     with alone(config.workdir):
-        run, rows = set_up(config)
+        run, rows = set_up(config, early=True)
         show_preflight(run, rows)
         final = train_and_track(run, command)
         return final and finish(run, rows, final)

@@ -122,7 +122,7 @@ def pretrain_and_report(config: PretrainConfig, command: str) -> int:
         show_plan(plan(config))
         return 0
     with alone(config.workdir):
-        run = set_up(config, PrepareProgress())
+        run = set_up(config, PrepareProgress(), early=True)
         show_preflight(run)
         final = train_and_track(run, command)
         if final is None:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -166,14 +167,24 @@ class Step:
         self._jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None, None))
         self._jitted_several = jax.jit(self._scan, donate_argnums=0, out_shardings=(shardings, None, None))
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        self._begun: dict[tuple, futures.Future[jax.stages.Compiled]] = {}
+
+    def begin(self, state: TrainState, batch: Batch, several: bool = False) -> None:
+        """Begins what `compiled` will wait for: tracing is done on return, compiling goes on in a thread."""
+        pool = futures.ThreadPoolExecutor(1)
+        self._begun[_shapes(batch, several)] = pool.submit(self._lowered(state, batch, several).compile)
+        pool.shutdown(wait=False)
 
     def compiled(self, state: TrainState, batch: Batch, several: bool = False) -> jax.stages.Compiled:
-        shapes = (several, *(leaf.shape for leaf in jax.tree.leaves(batch)))
+        shapes = _shapes(batch, several)
         if shapes not in self._compiled:
-            jitted = self._jitted_several if several else self._jitted
-            self._compiled[shapes] = jitted.lower(state, batch, self.seed).compile()
+            begun = self._begun.pop(shapes, None)
+            self._compiled[shapes] = begun.result() if begun else self._lowered(state, batch, several).compile()
             return_memory()
         return self._compiled[shapes]
+
+    def _lowered(self, state: TrainState, batch: Batch, several: bool) -> jax.stages.Lowered:
+        return (self._jitted_several if several else self._jitted).lower(state, batch, self.seed)
 
     def __call__(self, state: TrainState, batch: Batch) -> StepResult:
         return self.compiled(state, batch)(state, batch, self.seed)
@@ -189,6 +200,10 @@ class Step:
 
         state, (losses, metrics) = jax.lax.scan(step, state, batches)
         return state, losses, metrics
+
+
+def _shapes(batch: Batch, several: bool) -> tuple:
+    return several, *(leaf.shape for leaf in jax.tree.leaves(batch))
 
 
 def return_memory() -> None:

@@ -23,7 +23,7 @@ from electrax.training.state import TrainState, abstract_state, fresh_state, mak
 TINY = {
     "steps": 100,
     "batch_size": 8,
-    "model": {"size": "tiny", "layers": 2, "width": 32, "heads": 2, "embedding_width": 16, "max_length": 32},
+    "model": {"size": "tiny", "layers": 1, "width": 32, "heads": 2, "embedding_width": 16, "max_length": 32},
     "generator": {"width": 16, "heads": 2, "layers": 1},
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
 }

@@ -86,5 +86,5 @@ def test_on_a_mixed_mesh_each_device_sums_its_own_part_of_the_gradients(tiny):
 def test_along_model_alone_activations_are_summed_and_nothing_is_gathered(tiny):
     found, _, _ = compiled(tiny, (1, 1, 2), microbatch=16)
     assert {c.kind for c in found} == {"all-reduce"}
-    # twice a layer and pass, of two layers of the discriminator; the compiler may join some
-    assert sum(c.size for c in found) >= 2 * 2 * 2 * (16 * 32 * 32 * 4)
+    # twice a pass, of the discriminator's one layer; the compiler may join some
+    assert sum(c.size for c in found) >= 2 * 2 * (16 * 32 * 32 * 4)

@@ -392,7 +392,7 @@ def test_each_run_ends_when_its_own_score_gets_no_better(config, tmp_path):
 def test_a_seed_whose_loss_is_not_finite_is_a_failed_one_among_the_others(config, one_by_one, tmp_path, monkeypatch):
     set_up = finetune.set_up
 
-    def spoiled(config):
+    def spoiled(config, early):
         run, rows = set_up(config)
         if config.seed == 1:
             params = jax.tree.map(lambda leaf: leaf * jnp.nan, run.state.params)

@@ -206,7 +206,7 @@ def test_nothing_compiles_late_where_some_steps_are_taken_one_by_one(tiny, tmp_p
 
 def test_steps_in_one_dispatch_give_the_bits_of_single_ones(folder):
     # with the emitter of fusions that the other tests do without, a loop rounds as its body alone does
-    flags = "--xla_backend_optimization_level=0"
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     small = ["--steps=12", "--log.every=3", "--model.layers=1"]
     for name, together in (("single", "1"), ("together", "3")):
         finish(start(folder, name, *small, "--steps_per_dispatch", together, xla_flags=flags))

@@ -23,6 +23,7 @@ from electrax.training.state import (
     make_step,
     return_memory,
 )
+from tests.fixtures.compilations import compilations
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_three_steps_change_the_loss_every_time(one_device):
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 1, 1), (4, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)],
+    [(2, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)],
     ids=lambda shape: "x".join(map(str, shape)),
 )
 def test_every_mesh_gives_the_losses_of_one_device(tiny, one_device, numpy_leaves, shape):
@@ -60,7 +61,7 @@ def test_every_mesh_gives_the_losses_of_one_device(tiny, one_device, numpy_leave
     assert len(state.params["embeddings"]["word"].sharding.device_set) == np.prod(shape)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
 def test_what_eight_devices_saved_goes_on_on_other_meshes(tiny, one_device, tmp_path, shape):
     task = tiny.task()
     state, step, _ = tiny.start(task, tiny.mesh(8))
@@ -244,6 +245,32 @@ def test_a_compiled_step_is_the_one_that_runs(tiny):
     assert step.compiled(state, batch) is step.compiled(state, batch)
     step(state, batch)
     assert task.traced == 1
+
+
+def test_a_step_that_was_begun_is_waited_for_and_not_compiled_again(tiny):
+    mesh = tiny.mesh()
+    task, state, step = start_noisy(mesh)
+    batch = put_batch({"ids": np.ones((8, 4), np.int32)}, mesh)
+    with compilations() as seconds:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+        step.begin(shapes, batch)
+        _, loss, _ = step(state, batch)
+    assert (task.traced, len(seconds)) == (1, 1)
+    assert 8 * 4 < float(loss) < 8 * 4 + 8
+
+
+def test_what_keeps_a_step_that_was_begun_from_compiling_is_raised_where_it_is_wanted(tiny, monkeypatch):
+    mesh = tiny.mesh()
+    _, state, step = start_noisy(mesh)
+    batch = put_batch({"ids": np.ones((8, 4), np.int32)}, mesh)
+
+    def fail(lowered):
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    step.begin(state, batch)
+    with pytest.raises(MemoryError, match="too little"):
+        step.compiled(state, batch)
 
 
 def operations(program):
