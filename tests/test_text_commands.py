@@ -12,6 +12,7 @@ from electrax import cli
 from electrax.config import UserError, build
 from electrax.experiment import augment
 from electrax.experiment.examples import ExamplesConfig, read_examples
+from tests.fixtures.compilations import compilations
 from tests.fixtures.finetuning import (
     REVIEWS,
     call,
@@ -137,6 +138,14 @@ def test_a_reranker_puts_the_most_original_output_first(translator):
     found = electrax.load(translator[0]).candidates(["the old man"], n_best=2, reranker=Judge())[0]
     assert found[0].score >= found[1].score
     assert [each.score for each in found] == [-float(len(each.text)) for each in found]
+
+
+def test_after_warming_up_a_translator_compiles_nothing(translator):
+    model = electrax.load(translator[0])
+    assert model.warm_up(longest=16) > 0
+    with compilations() as found:
+        assert model.rewrite(["the old man", "the red cat"] * 9) == ["man old it", "cat red it"] * 9
+    assert not found
 
 
 def test_long_sources_are_cut_with_a_count(translator, caplog):

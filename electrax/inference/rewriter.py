@@ -11,7 +11,7 @@ from electrax.config import UserError
 from electrax.data.encoded import encode_pairs
 from electrax.data.examples import check_texts
 from electrax.data.tokenizer import Tokenizer
-from electrax.inference.batching import compiled, run_by_length, warn_of_cut
+from electrax.inference.batching import compiled, run_by_length, warm_up, warn_of_cut
 from electrax.tasks.base import Params
 from electrax.tasks.rewrite import RewriteTask
 
@@ -41,6 +41,12 @@ class Rewriter:
 
     def _compiled(self, beams: int, n_best: int):
         return compiled(functools.partial(self.task.rewrite, beams=beams, n_best=n_best))
+
+    def warm_up(self, longest: int | None = None, n_best: int = 1, beams: int = 0) -> int:
+        """Compiles what `rewrite` (n_best 1) or `candidates` needs for texts of up to `longest` tokens (None: of any
+        length), so that no later call does; returns how many programs these are."""
+        forward = functools.partial(self._rewrite(beams or max(self.task.beams, n_best), n_best), self.params)
+        return warm_up(forward, 1, self.max_length, longest)
 
     def rewrite(self, texts: Sequence[str], beams: int = 0, reranker: Reranker | None = None) -> list[str]:
         """The best output of each text. `beams` 0: as in the config; 1: always the likeliest token. A `reranker`
