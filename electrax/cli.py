@@ -34,9 +34,8 @@ JAX_NUM_PROCESSES, JAX_PROCESS_ID). --heartbeat_seconds 100: after so long a pro
 
 # a full disk, a quota, a file too large for it, a directory that is read-only or another user's
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-OUT_OF_MEMORY = (
-    "the device has too little memory; expected a smaller optimizer.microbatch, batch_size or data.max_length"
-)
+OUT_OF_MEMORY = "the device has too little memory"
+SMALLER = "; expected a smaller optimizer.microbatch, batch_size or data.max_length"
 TRAINING = ("pretrain", "finetune", "evaluate")  # commands that several processes may run together
 
 
@@ -61,7 +60,8 @@ def main() -> None:
     except RuntimeError as error:
         if debug or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"electrax: {OUT_OF_MEMORY}", file=sys.stderr)
+        smaller = SMALLER if arguments[0] in TRAINING else ""
+        print(f"electrax: {OUT_OF_MEMORY}{smaller} ({_first_line(error)})", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if debug or error.errno not in STORAGE:
@@ -71,6 +71,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("electrax: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _first_line(error: Exception) -> str:
+    return str(UserError(str(error).partition("\n")[0]))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -147,7 +151,8 @@ def use_compilation_cache() -> None:
         try:
             jax.config.update("jax_compilation_cache_dir", str(own_cache("jax")))
             # by JAX's default only what took a second is kept, which of prediction's many small programs few do
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+            if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         except (OSError, UserError) as error:
             logging.getLogger("electrax").warning("compiled programs are not kept: %s", error)
 

@@ -183,7 +183,9 @@ def test_a_device_without_memory_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "run", full)
     status, _, error = main(monkeypatch, capsys, "pretrain", "tiny")
-    assert (status, error.count("\n")) == (2, 1) and "expected a smaller optimizer.microbatch" in error
+    assert (status, error.count("\n")) == (2, 1)
+    assert "expected a smaller optimizer.microbatch" in error and "Out of memory while trying to allocate" in error
+    assert "optimizer" not in main(monkeypatch, capsys, "predict", "run", "in.txt")[2]
 
 
 def test_another_fault_of_the_system_is_shown_as_it_is(monkeypatch):

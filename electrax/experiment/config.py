@@ -234,8 +234,6 @@ class FinetuneConfig:
         for key, value in {"batch_size": self.batch_size, "seeds": self.seeds, "log.every": self.log.every}.items():
             if value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
-        if self.checkpoint.every and self.eval.patience:
-            raise UserError("checkpoint.every: with eval.patience each evaluated model is saved; leave one of them out")
         if self.profile and self.seeds > 1:
             raise UserError(f"profile is for one model; expected seeds 1, not {self.seeds}")
         for key, value in {"seeds_at_once": self.seeds_at_once, "freeze_layers": self.freeze_layers}.items():
@@ -280,7 +278,8 @@ EVALUATED = {
 }
 EVALUATED |= {"metric", "head.null_threshold", "head.max_answer", "head.n_best", "head.constrained"}
 EVALUATED |= {"decoder.beams", "decoder.length_penalty", "decoder.coverage_penalty", "decoder.max_length"}
-EVALUATED |= {"seed", "objective.mask_prob", "objective.keep_prob", "objective.random_prob"}
+EVALUATED |= {"head.no_answer", "seed", "objective.mask_prob", "objective.keep_prob", "objective.random_prob"}
+EVALUATED |= {"objective.causal_share", "objective.vocabulary_rows"}
 
 
 def read_config(workdir: str | os.PathLike) -> AnyConfig:

@@ -66,11 +66,8 @@ class ExamplesConfig:
         if self.max_length < 8 or self.shapes < 1:
             found = f"{self.max_length} and {self.shapes}"
             raise UserError(f"data.max_length must be at least 8 and data.shapes at least 1, not {found}")
-        if self.length_multiple < 0 or (self.length_multiple and self.max_length % self.length_multiple):
-            raise UserError(
-                f"data.max_length must be a multiple of data.length_multiple, not {self.max_length} of "
-                f"{self.length_multiple}"
-            )
+        if self.length_multiple < 0:
+            raise UserError(f"data.length_multiple must not be negative, but is {self.length_multiple}")
         if self.augment_rate <= 0:
             raise UserError(f"data.augment_rate must be above 0, not {self.augment_rate}")
         if not 0 < self.holdout < 1:

@@ -24,7 +24,7 @@ from electrax.experiment.objective import check_format, kind_of, kind_of_rows, m
 from electrax.experiment.plan import Plan, plan_mesh, plan_run
 from electrax.experiment.rewrite import keep_target, kept_target, rewrite_rows, target_tokenizer
 from electrax.experiment.rows import TaskRows, answer_rows, classify_rows, tag_rows
-from electrax.experiment.run import RESULTS_FILE, Run, assemble, keep_config, mesh_for, trained
+from electrax.experiment.run import RESULTS_FILE, Run, assemble, check_dropout, keep_config, mesh_for, trained
 from electrax.experiment.start import start_of
 from electrax.inference.classifier import Classifier
 from electrax.models.attention import GPU_ATTENTION
@@ -50,7 +50,10 @@ SHAPE = ("size", "body", "layers", "width", "heads", "feed_forward", "embedding_
 
 
 def resolve(config: FinetuneConfig) -> FinetuneConfig:
-    """The config with the shape of the weights it starts from, and the paper's rates for that size."""
+    """The config with the shape of the weights it starts from, and the paper's rates for that size. Raises UserError
+    for what no training can have."""
+    if config.checkpoint.every and config.eval.patience:
+        raise UserError("checkpoint.every: with eval.patience each evaluated model is saved; leave one of them out")
     model = config.model
     if config.init_from:
         pretrained = read_config(start_of(config.init_from))
@@ -94,14 +97,16 @@ def with_multiple(config: FinetuneConfig) -> ExamplesConfig:
     """`config.data` with what row lengths are multiples of: attention and residuals of a GPU alone take no others.
     Raises UserError where the longest row is none."""
     model, data = config.model, config.data
-    if data.length_multiple or not (model.attention in GPU_ATTENTION or model.residual == "fused"):
-        return data
-    if data.max_length % KERNEL_MULTIPLE:
-        raise UserError(
-            f"data.max_length {data.max_length}: expected a multiple of {KERNEL_MULTIPLE}, as model.attention "
-            f"{model.attention} and model.residual {model.residual} want, or another data.length_multiple"
-        )
-    return dataclasses.replace(data, length_multiple=KERNEL_MULTIPLE)
+    of_gpu = model.attention in GPU_ATTENTION or model.residual == "fused"
+    multiple = data.length_multiple or (KERNEL_MULTIPLE if of_gpu else 1)
+    longest = {"data.max_length": data.max_length}
+    if config.task == "rewrite":
+        longest["decoder.max_length"] = config.decoder.max_length
+    for key, tokens in longest.items():
+        if tokens % multiple:
+            why = "" if data.length_multiple else ", as model.attention or model.residual of a GPU want"
+            raise UserError(f"{key} {tokens}: expected a multiple of data.length_multiple, {multiple}{why}")
+    return dataclasses.replace(data, length_multiple=multiple)
 
 
 def make_rows(
@@ -148,6 +153,10 @@ def check(config: FinetuneConfig) -> tuple[FinetuneConfig, Tokenizer, TaskRows, 
     return config, tokenizer, rows, make_task(config, tokenizer, rows.head, rows)
 
 
+def steps_of(config: FinetuneConfig, rows: TaskRows) -> int:
+    return config.steps or max(1, int(rows.train.buckets.batches * config.epochs))
+
+
 def plan(config: FinetuneConfig) -> Plan:
     """What the run would need; writes nothing."""
     mesh, imagined = plan_mesh(config)
@@ -159,9 +168,9 @@ def set_up(config: FinetuneConfig, early: bool = False) -> tuple[Run, TaskRows]:
     """Reads and checks all rows and everything else before step 0; `early` as in assemble."""
     with together():
         mesh = mesh_for(config)
+        check_dropout(config)
         config, tokenizer, rows, task = check(config)
-    epoch = rows.train.buckets.batches
-    steps = config.steps or max(1, int(epoch * config.epochs))
+    epoch, steps = rows.train.buckets.batches, steps_of(config, rows)
     keep_config(config, tokenizer, config.init_from or "data.tokenizer", steps)
     agreed(keep_head, config, rows.head)
     agreed(keep_target, config, rows.target)

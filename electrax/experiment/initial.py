@@ -21,15 +21,15 @@ from electrax.training.processes import agreed
 
 
 def get_tokenizer(config: FinetuneConfig, examples: Sequence[Example]) -> Tokenizer:
-    """The one that `data.tokenizer` names, else that of the pretrained weights, or for random weights a new one for the
-    training texts."""
+    """That of a run that is there already; else the one that `data.tokenizer` names, that of the pretrained weights, or
+    for random weights a new one for the training texts."""
     data = config.data
+    if holds_run(config.workdir):
+        return kept_tokenizer(config.workdir)
     if not is_kind(data.tokenizer, "data.tokenizer"):
         return Tokenizer.load(data.tokenizer, data.lowercase)
     if config.init_from:
         return Tokenizer.load(start_of(config.init_from))
-    if holds_run(config.workdir):
-        return kept_tokenizer(config.workdir)
     if jax.process_count() == 1:
         return train_tokenizer(config, examples)
     # trained in one process: training it twice may give two vocabularies

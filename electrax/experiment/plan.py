@@ -10,7 +10,7 @@ from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 
 from electrax.experiment.config import AnyConfig
-from electrax.experiment.run import mesh_for
+from electrax.experiment.run import check_dropout, mesh_for
 from electrax.tasks.base import Batch, Task
 from electrax.training.collectives import Collective, collectives
 from electrax.training.optim import make_optimizer
@@ -41,6 +41,7 @@ def plan_mesh(config: AnyConfig) -> tuple[Mesh, bool]:
         clear_backends()
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", wanted)
+    check_dropout(config)
     return mesh_for(config), imagined
 
 

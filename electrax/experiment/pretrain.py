@@ -16,7 +16,7 @@ from electrax.data.rows import row_dtype
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import PretrainConfig, computed_in, read_config
 from electrax.experiment.plan import Plan, plan_mesh, plan_run
-from electrax.experiment.run import Run, assemble, keep_config, load_params, mesh_for
+from electrax.experiment.run import Run, assemble, check_dropout, keep_config, load_params, mesh_for
 from electrax.experiment.start import start_weights, with_generator_shape
 from electrax.models.sizes import discriminator_shape, generator_shape
 from electrax.storage import on_this_machine, path_of
@@ -153,6 +153,7 @@ def set_up(config: PretrainConfig, progress: Watcher = QUIET, early: bool = Fals
     """Prepares what is not there yet and checks that everything fits, before step 0; `early` as in assemble."""
     with together():
         mesh, config = mesh_for(config), with_generator_shape(config)
+        check_dropout(config)
         config, corpus = open_corpus(config, progress)
         tokenizer = corpus.tokenizer()
         steps = config.steps or math.ceil(config.epochs * corpus.size("train") / config.batch_size)

@@ -9,13 +9,14 @@ import numpy as np
 from electrax.config import AnyPath, UserError
 from electrax.data.outside import read_object
 from electrax.experiment.config import FinetuneConfig, TeacherConfig, read_config
-from electrax.experiment.finetune import check, resolve
+from electrax.experiment.finetune import check, resolve, steps_of
 from electrax.experiment.head import check_rows, keep_threshold
 from electrax.experiment.run import (
     MAY_CHANGE,
     RESULTS_FILE,
     Run,
     check_continued,
+    check_steps,
     differences,
     holds_run,
     is_among,
@@ -51,14 +52,16 @@ def check_kept(config: FinetuneConfig) -> str:
         with together():
             rows = check(one)[2]
             check_rows(one, rows.head)
+            check_steps(folder, steps_of(config, rows))
         dev_rows = rows.dev_sha256
     return dev_rows
 
 
-def is_of(config: FinetuneConfig) -> bool:
-    """Whether the finished run of a work directory has this config, its length too."""
+def is_of(config: FinetuneConfig, failed: bool) -> bool:
+    """Whether the finished run of a work directory has this config, its length too, and where it did not train as much
+    patience with steps that are not finite."""
     kept, wanted = dataclasses.asdict(read_config(config.workdir)), dataclasses.asdict(config)
-    without_effect = MAY_CHANGE - {"steps", "epochs", "eval"}
+    without_effect = MAY_CHANGE - {"steps", "epochs", "eval"} - ({"optimizer.max_skipped"} if failed else set())
     return all(is_among(key, without_effect) for key, _, _ in differences(kept, wanted))
 
 

@@ -26,15 +26,15 @@ TARGET_FOLDER = "target"  # in the work directory: the tokenizer of a target wit
 
 
 def target_tokenizer(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[TextExample]) -> Tokenizer:
-    """That of a run's targets: the source's, or where `decoder.tokenizer` names one, that; a kind is trained on the
-    training targets, unless the run is there already."""
+    """That of a run's targets: the source's; or, unless the run is there already, the one that `decoder.tokenizer`
+    names, or of a kind a new one for the training targets."""
     wanted, folder = config.decoder.tokenizer, path_of(config.workdir) / TARGET_FOLDER
     if not wanted:
         return tokenizer
-    if not is_kind(wanted, "decoder.tokenizer"):
-        return Tokenizer.load(wanted, config.data.lowercase)
     if holds_run(config.workdir):
         return Tokenizer.load(folder)
+    if not is_kind(wanted, "decoder.tokenizer"):
+        return Tokenizer.load(wanted, config.data.lowercase)
 
     def train() -> Tokenizer:
         return Tokenizer.train(wanted, targets_of(examples), config.decoder.vocab_size, config.data.lowercase)

@@ -15,7 +15,6 @@ from electrax.convert.weights import read_tree
 from electrax.data.outside import read_object
 from electrax.data.tokenizer import Tokenizer
 from electrax.models.attention import GPU_ATTENTION
-from electrax.models.sizes import ModelConfig
 from electrax.storage import make_folder, on_this_machine, path_of, write_atomically
 from electrax.tasks.base import Batch, Params, Task
 from electrax.training.checkpoint import Checkpoints, find_damage, restore_newest_params, tokenizer_hash
@@ -160,7 +159,6 @@ def assemble(
     """Resumes from the newest whole checkpoint of the work directory; otherwise starts fresh, with the weights that
     `initial` makes of the drawn ones. `example` is a batch of the largest shape. With `early` the step is compiled
     while the state is made."""
-    check_dropout(config.model)
     example = jax.tree.map(np.asarray, example)
     rows, *tokens = example["ids"].shape
     microbatch = choose_microbatch(
@@ -249,9 +247,11 @@ def mesh_for(config: Any) -> Mesh:
     return mesh
 
 
-def check_dropout(model: ModelConfig) -> None:
-    """Raises UserError for attention that cannot train with the dropout that is asked for."""
-    if model.attention in ("xla", "cudnn") and model.attention_dropout:
+def check_dropout(config: Any) -> None:
+    """Raises UserError for attention that cannot train with the dropout that is asked for. A run that is there already
+    goes on as it began, with plain attention."""
+    model = config.model
+    if model.attention in ("xla", "cudnn") and model.attention_dropout and not holds_run(config.workdir):
         raise UserError(
             f"model.attention {model.attention} has no dropout of its weights; expected model.attention_dropout 0, or "
             "attention plain or fused"
@@ -267,10 +267,7 @@ def keep_config(config: Any, tokenizer: Tokenizer, data: str, steps: int) -> Non
         make_folder(workdir)
         if holds_run(workdir):
             check_continued(config)
-            names = [path.name for path in (workdir / "checkpoints").glob("[0-9]*")]
-            taken = max((int(name) for name in names if name.isdecimal()), default=0)
-            if taken > steps:
-                raise UserError(f"{workdir}: trained for {taken} steps already; expected no fewer, not {steps}")
+            check_steps(workdir, steps)
             known = Tokenizer.load(workdir)
             if known.sha256 != tokenizer.sha256:
                 raise UserError(f"{workdir / known.file_name}: not the tokenizer of {data}; take another workdir")
@@ -278,6 +275,14 @@ def keep_config(config: Any, tokenizer: Tokenizer, data: str, steps: int) -> Non
         write_atomically(workdir / CONFIG_FILE, to_toml(config))
 
     agreed(keep)
+
+
+def check_steps(workdir: AnyPath, steps: int) -> None:
+    """Raises UserError where the run that is kept there has taken more."""
+    names = [path.name for path in (workdir / "checkpoints").glob("[0-9]*")]
+    taken = max((int(name) for name in names if name.isdecimal()), default=0)
+    if taken > steps:
+        raise UserError(f"{workdir}: trained for {taken} steps already; expected no fewer, not {steps}")
 
 
 def holds_run(workdir: str | os.PathLike) -> bool:

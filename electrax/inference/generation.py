@@ -87,6 +87,8 @@ class CausalModel:
         found: list[list[Continuation]] = [[None] * samples for _ in rows]  # type: ignore[list-item]
         for place in range(0, len(todo), ROWS):
             some = todo[place : place + ROWS]
+            # few sizes are compiled
+            some = some + some[-1:] * (2 ** (len(some) - 1).bit_length() - len(some))
             keys = jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(
                 jnp.array([named[p] for p, _ in some], jnp.uint32), jnp.array([s for _, s in some], jnp.uint32)
             )

@@ -258,11 +258,11 @@ class PretrainedModel:
         return TemplateClassifier(self.params, self.tokenizer, task, self.max_length, words, template).predict(texts)
 
     def _check_fills(self, what: str) -> None:
-        if self.generator is None:
-            raise UserError(f"{what}: this model has no generator")
         if self.generator_kind in ("two_tower", "causal"):
             name = self.generator_kind.replace("_", "-")
             raise UserError(f"{what}: a {name} generator predicts no masked-out tokens")
+        if self.generator is None:
+            raise UserError(f"{what}: this model has no generator")
 
     def _check_pooling(self, pooling: str | None) -> None:
         if pooling is not None and pooling not in POOLINGS:

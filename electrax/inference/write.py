@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from electrax.config import UserError, check_seed
 from electrax.data.examples import BadRow, TextExample
+from electrax.inference import generation
 from electrax.inference.generation import CausalModel
 from electrax.inference.model import PretrainedModel
 from electrax.inference.predict import ROWS, gathered, read_texts
@@ -68,7 +69,7 @@ def generate_lines(model: PretrainedModel, config: GenerateConfig) -> Iterator[s
     given = (TextExample(f"prompt {n}", (text,), None) for n, text in enumerate(config.prompt))
     rows = (_fitting(model, row) for row in (given if config.prompt else read_texts(config.input)))
     number = 0
-    for some in gathered(rows, ROWS, config.input):
+    for some in gathered(rows, generation.ROWS, config.input):
         prompts = [(number + n, row.texts[0]) for n, row in enumerate(some) if not isinstance(row, BadRow)]
         options = (config.max_tokens, sampling, config.samples, config.stop, config.seed)
         found = iter(causal.generate([text for _, text in prompts], *options, numbers=[n for n, _ in prompts]))

@@ -22,12 +22,7 @@ from electrax.experiment.results import (
     summarize_seeds,
 )
 from electrax.experiment.rows import TaskRows
-from electrax.experiment.run import (
-    CONFIG_FILE,
-    RESULTS_FILE,
-    Run,
-    holds_run,
-)
+from electrax.experiment.run import CONFIG_FILE, RESULTS_FILE, Run, holds_run
 from electrax.report.common import (
     INTERRUPTED,
     alone,
@@ -96,8 +91,8 @@ def train_seeds(
         name = f"seed-{seed}"
         workdir = path_of(config.workdir) / name
         one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(workdir))
-        runs[name] = read_results(workdir)
-        if runs[name] is None or runs[name].get("dev_rows") != dev_rows or not is_of(one):
+        runs[name] = found = read_results(workdir)
+        if found is None or found.get("dev_rows") != dev_rows or not is_of(one, failed=found["score"] is None):
             left[name] = one
     while left:
         results = train_some(left, command)
@@ -117,7 +112,7 @@ def train_some(configs: dict[str, FinetuneConfig], command: str) -> dict[str, di
             if len(made) == at_once:
                 break
             stack.enter_context(alone(config.workdir))
-            made[name] = set_up(config, early=not made)  # one program does for those side by side
+            made[name] = set_up(config, early=not made and config.seeds_at_once < 2)
             if len(made) == 1:
                 console.rule(name.replace("-", " "))
                 show_preflight(*made[name])

@@ -89,18 +89,21 @@ class FinetuneTask:
     def train_flops(self) -> float:
         """The same with the backward pass: twice the forward one, but for frozen layers, which at most pass a gradient
         on to the embeddings."""
-        projection, frozen = (
-            self._encoder_flops(dataclasses.replace(self.encoder, layers=layers), None)
-            for layers in (0, self.freeze_layers)
-        )
+        first = self.first if self.freeze_layers == self.encoder.layers else None
+        projection = self._encoder_flops(dataclasses.replace(self.encoder, layers=0), None)
+        frozen = self._encoder_flops(dataclasses.replace(self.encoder, layers=self.freeze_layers), first)
         left_out = 2 * frozen if self.freeze_embeddings else frozen - projection
         return 3 * self.forward_flops() - left_out
 
     def _encoder_flops(self, encoder: EncoderConfig, first: int | None) -> float:
         assert self.train is not None
-        lengths, counts = np.unique(self.train.rows.text_lengths, return_counts=True)
+        lengths, counts = np.unique(self._encoded_lengths(), return_counts=True)
         texts = zip(lengths.tolist(), counts.tolist(), strict=True)
         return sum(count * n * encoder_forward(encoder, n, first) for n, count in texts) / len(self.train.rows)
+
+    def _encoded_lengths(self) -> Int[np.ndarray, " T"]:
+        """Of each text that the encoder reads."""
+        return self.train.rows.text_lengths
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

@@ -104,6 +104,9 @@ class RewriteTask(FinetuneTask):
             total += source * encoder_forward(self.encoder, source) + target * own + cross
         return total / len(self.train.rows)
 
+    def _encoded_lengths(self) -> Int[np.ndarray, " T"]:
+        return self.train.rows.source.text_lengths
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: Batch, keys: Key[Array, "B"]) -> Batch:

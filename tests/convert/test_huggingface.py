@@ -232,4 +232,4 @@ def test_a_question_answerer_predicts_from_a_table_of_questions_and_contexts(tmp
     make("ElectraForQuestionAnswering", tmp_path / "theirs")
     (tmp_path / "rows.csv").write_text("question,context\nwho sat,the cat sat on a mat.\n")
     row = json.loads(call("predict", tmp_path / "theirs", tmp_path / "rows.csv")[1])
-    assert row["text"] in "the cat sat on a mat."
+    assert row["text"] and row["text"] in "the cat sat on a mat."

@@ -1,6 +1,7 @@
 """What a fine-tuning starts from, resumes, keeps and leaves as it was."""
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -18,7 +19,7 @@ from electrax.config import UserError, load
 from electrax.data.tokenizer import Tokenizer
 from electrax.experiment.config import FinetuneConfig
 from electrax.experiment.examples import read_examples
-from electrax.experiment.finetune import evaluate_trained, resolve, set_up
+from electrax.experiment.finetune import evaluate_trained, resolve, set_up, with_multiple
 from electrax.experiment.head import read_head
 from electrax.experiment.initial import get_tokenizer, initial_params
 from electrax.experiment.results import findings, summarize_seeds
@@ -340,6 +341,30 @@ def test_fewer_steps_than_were_taken_are_refused(config, straight):
         train(config(straight, seed=1, steps=3))
 
 
+def test_what_training_refuses_now_does_not_keep_a_model_from_being_used(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "old")
+    path = tmp_path / "old" / "config.toml"
+    text = path.read_text().replace("patience = 0", "patience = 2").replace('attention = "plain"', 'attention = "xla"')
+    path.write_text(re.sub(r"(\[checkpoint\]\n(?:.*\n)*?every = )0", r"\g<1>5", text))
+    assert (
+        "patience = 2" in path.read_text()
+        and 'attention = "xla"' in path.read_text()
+        and "every = 5" in path.read_text()
+    )
+    assert electrax.load(tmp_path / "old").predict(["the film was good"])[0]["label"] in ("no", "yes")
+    assert call("evaluate", tmp_path / "old", "--head.no_answer=true")[0] == 0
+
+
+def test_a_run_goes_on_where_the_file_of_its_tokenizer_is_gone(config, straight, tmp_path):
+    shutil.copy(straight / "tokenizer.json", tmp_path / "own.json")
+    changes = {"init_from": "", "data": {"tokenizer": str(tmp_path / "own.json")}}
+    train(config(tmp_path / "run", **changes, steps=1))
+    (tmp_path / "own.json").unlink()
+    assert train(config(tmp_path / "run", **changes, steps=2))["step"] == 2
+    with pytest.raises(UserError, match="data.tokenizer: expected one of .* or a path, not"):
+        train(config(tmp_path / "other", **changes))
+
+
 def test_evaluation_holds_the_rows_of_training_out_under_any_name_of_their_file(tmp_path, monkeypatch):
     write_rows(tmp_path / "reviews.csv", REVIEWS)
     monkeypatch.chdir(tmp_path)
@@ -356,6 +381,21 @@ def test_evaluation_holds_the_rows_of_training_out_under_any_name_of_their_file(
 def test_evaluation_refuses_what_it_cannot_change(straight, words):
     with pytest.raises(UserError, match="which evaluate cannot change"):
         call("evaluate", straight, *words)
+
+
+def test_rows_are_multiples_of_16_for_kernels_of_a_gpu_and_the_longest_must_be_one(tmp_path):
+    model = {"compute_dtype": "bfloat16", "attention": "fused", "width": 32, "heads": 2}
+    for changes, message in (
+        ({"data": {"max_length": 40}}, "data.max_length 40: expected a multiple of data.length_multiple, 16, as model"),
+        (
+            {"task": "rewrite", "decoder": {"max_length": 20}},
+            "decoder.max_length 20: expected a multiple of .*, 16, as",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            with_multiple(finetuning(tmp_path, model=model, **changes))
+    assert with_multiple(finetuning(tmp_path, model=model)).length_multiple == 16
+    assert with_multiple(finetuning(tmp_path)).length_multiple == 1
 
 
 def test_attention_without_dropout_of_its_weights_does_not_train_with_it(config, tmp_path):
@@ -427,7 +467,7 @@ def two_seeds(config, folder, tmp_path):
         shutil.copy(folder / name, tmp_path / name)
 
     def made(name="run", seeds=2, **changes):
-        return config(tmp_path / name, seeds=seeds, steps=1, data={"path": str(tmp_path)}, **changes)
+        return config(tmp_path / name, seeds=seeds, data={"path": str(tmp_path)}, **({"steps": 1} | changes))
 
     train(made())
     return made
@@ -453,6 +493,21 @@ def test_finished_seeds_are_measured_on_the_dev_rows_of_now(two_seeds, tmp_path)
     assert all(a != b for a, b in zip(before["scores"], after["scores"], strict=True))
     straight = train(two_seeds("straight"))
     assert after["scores"] == straight["scores"]
+
+
+def test_seeds_of_fewer_steps_than_were_taken_are_refused_before_anything_changes(two_seeds, tmp_path):
+    train(two_seeds(steps=2))
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="trained for 2 steps already; expected no fewer, not 1"):
+        train(two_seeds(steps=1))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
+
+
+def test_a_seed_that_did_not_train_is_tried_again_where_more_steps_may_be_skipped(two_seeds, tmp_path):
+    path = tmp_path / "run" / "seed-1" / "results.json"
+    path.write_text(json.dumps(results_of(path.parent) | {"score": None, "failed": ["the loss is NaN"]}))
+    assert train(two_seeds())["scores"][1] is None
+    assert train(two_seeds(optimizer={"learning_rate": 0.01, "max_skipped": 5}))["scores"][1] is not None
 
 
 def test_finished_seeds_are_not_trained_again_where_they_moved_or_compute_in_other_batches(two_seeds, tmp_path):

@@ -84,6 +84,15 @@ def test_what_is_frozen_costs_no_gradient():
     assert flops_of(rows, freeze_layers=1, freeze_embeddings=True)[1] == 3 * forward - 2 * (projection + layer)
 
 
+def test_a_frozen_last_layer_that_gives_one_token_costs_that_token():
+    class OfFirst(Squares):
+        first = 1
+
+    rows = RowBatches.of(TokenRows.of([[1] * 8]), 2, {"ids": PAD}, 1)
+    task = OfFirst(ENCODER, PAD, SEP, train=rows, freeze_embeddings=True, freeze_layers=2)
+    assert task.train_flops() == pytest.approx(task.forward_flops())
+
+
 @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
 def loss_and_grads(task, params, batch):
     prepared = task.prepare(batch, KEYS[: len(batch["ids"])])

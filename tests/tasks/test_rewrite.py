@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from electrax.data.parallel import PairBatches
 from electrax.models.encoder import Embeddings, Encoder, EncoderConfig
+from electrax.models.flops import encoder_forward
 from electrax.tasks import vocabulary
 from electrax.tasks.rewrite import RewriteTask
 from electrax.training.sharding import spec_of
@@ -219,6 +221,12 @@ def test_a_step_holds_no_more_logits_at_once_than_those_of_a_chunk(monkeypatch):
     assert temporary() > logits
     hold_logits_of(monkeypatch, task, 1, places=11)
     assert temporary() < logits / 2
+
+
+def test_a_frozen_encoder_costs_no_gradient_of_the_sources_alone():
+    pairs = PairBatches.of([[CLS, 7, 8, SEP]], [[CLS, 9, SEP]], 1, (PAD, PAD), 1)
+    task = task_of(train=pairs, freeze_embeddings=True, freeze_layers=2)
+    assert task.train_flops() == pytest.approx(3 * task.forward_flops() - 2 * 4 * encoder_forward(ENCODER, 4))
 
 
 def test_loss_and_gradients_of_single_rows_add_up():

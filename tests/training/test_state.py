@@ -61,6 +61,12 @@ def test_every_mesh_gives_the_losses_of_one_device(tiny, one_device, numpy_leave
     assert len(state.params["embeddings"]["word"].sharding.device_set) == np.prod(shape)
 
 
+def test_several_layers_divide_over_a_mesh_as_one_does(tiny):
+    task = tiny.task(model={"layers": 2})
+    alone, together = (tiny.run(task, tiny.mesh(*shape), steps=2)[0] for shape in ((1, 1, 1), (2, 2, 2)))
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
 def test_what_eight_devices_saved_goes_on_on_other_meshes(tiny, one_device, tmp_path, shape):
     task = tiny.task()
