@@ -478,8 +478,10 @@ def test_the_encoder_passes_its_attention_implementation_on(monkeypatch):
     assert set(taken) == {"xla"}
     np.testing.assert_allclose(other, plain, rtol=1e-3, atol=1e-4)
     weights = jax.random.normal(jax.random.key(3), plain.shape)
+    ids = jnp.asarray(IDS[:1])
+    packed = ids, document_mask(document_index(ids, CLS, PAD)), document_positions(ids, CLS)
     gradients = [
-        jax.jit(jax.grad(lambda params, config=config: (run_packed(config, params, IDS[:1]) * weights).sum()))(params)
+        jax.jit(jax.grad(lambda params, config=config: (hidden(config, params, *packed) * weights).sum()))(params)
         for config in (MODERN, dataclasses.replace(MODERN, attention="xla"))
     ]
     for leaf, wanted in zip(jax.tree.leaves(gradients[1]), jax.tree.leaves(gradients[0]), strict=True):
