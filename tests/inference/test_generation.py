@@ -1,5 +1,7 @@
 """Continuations and likelihoods against plain loops over the whole text, without a cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,14 +47,19 @@ def model(request, tokenizer):
     return make_model(tokenizer, request.param)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(config: EncoderConfig, params, row, real):
+    embedded = Embeddings(config).apply({"params": params["embeddings"]}, row)
+    word = params["embeddings"]["word"]
+    return Generator(config, "causal").apply({"params": params["generator"]}, embedded, word, padding_mask(real))
+
+
 def log_probs(model: CausalModel, ids: list[int]) -> np.ndarray:
     """Of every token at each place [n, V], from the tokens before it, all read at once."""
-    row = jnp.asarray([ids], jnp.int32)
-    embedded = Embeddings(model.config).apply({"params": model.params["embeddings"]}, row)
-    logits = Generator(model.config, "causal").apply(
-        {"params": model.params["generator"]}, embedded, model.params["embeddings"]["word"], padding_mask(row >= 0)
-    )
-    logits = np.asarray(logits[0, :, : model.config.vocab_size], np.float64)
+    row = np.zeros((1, LENGTH), np.int32)  # of one length, so that one program does
+    row[0, : len(ids)] = ids
+    logits = logits_of(model.config, model.params, row, np.arange(LENGTH)[None] < len(ids))
+    logits = np.asarray(logits[0, : len(ids), : model.config.vocab_size], np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
