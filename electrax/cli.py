@@ -274,8 +274,10 @@ def predict_command(arguments: Sequence[str]) -> int:
     use_compilation_cache()
     from electrax.experiment.finetuned import text_columns
     from electrax.experiment.saved import load
+    from electrax.inference.batching import use_batch_tokens
     from electrax.inference.predict import predict_lines
 
+    use_batch_tokens(config.batch_tokens)
     columns = text_columns(config.model)
     reranker = load(config.reranker) if config.reranker else None
     if reranker is not None and not hasattr(reranker, "originality"):
@@ -303,7 +305,12 @@ def score_command(arguments: Sequence[str]) -> int:
 
     more = "a .txt file, or - for lines of standard input"
     config = _two_words(ScoreConfig, "score MODEL INPUT", ("model", "input"), more, arguments)
-    return _show_lines(score_lines, config) if config is not None else 0
+    if config is None:
+        return 0
+    from electrax.inference.batching import use_batch_tokens
+
+    use_batch_tokens(config.batch_tokens)
+    return _show_lines(score_lines, config)
 
 
 def _show_lines(lines: Callable, config) -> int:

@@ -12,6 +12,7 @@ from electrax import cli
 from electrax.config import UserError, build
 from electrax.experiment import augment
 from electrax.experiment.examples import ExamplesConfig, read_examples
+from electrax.inference.batching import batch_tokens, use_batch_tokens
 from tests.fixtures.compilations import compilations
 from tests.fixtures.finetuning import (
     REVIEWS,
@@ -246,6 +247,10 @@ def test_score_gives_perplexities_and_originalities_of_lines_or_of_a_whole_file(
     expected = [np.mean([np.log1p(-token.probability) for token in model.detect(text)]) for text in
                 ("the film was good", "who sat on the mat")]  # fmt: skip
     np.testing.assert_allclose(original, expected, rtol=1e-4)
+    some = call("score", causal, source, "--by=originality", "--batch_tokens=16")[1].splitlines()
+    assert batch_tokens() == 16
+    np.testing.assert_allclose([json.loads(line)["originality"] for line in some], original, rtol=1e-5)
+    use_batch_tokens(0)
     long = write(tmp_path / "long.txt", "the cat " * 40 + "\n")
     assert "expected at most 14 tokens" in json.loads(call("score", causal, long, "--by=originality")[1])["error"]
 

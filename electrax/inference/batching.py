@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
+from electrax.config import UserError
 from electrax.data.encode import cores
 
 log = logging.getLogger("electrax")
@@ -19,11 +20,21 @@ TOKENS = 512  # of a large batch: on one core its activations stay in the cache
 ACCELERATOR_TOKENS = 8192
 WIDE = {"xla_cpu_prefer_vector_width": 512}  # bits, where the processor has them; XLA's own choice is 256
 PASS = 32  # tokens that would take as long as what a batch of any size costs
+_chosen_tokens = 0
 
 
 def batch_tokens() -> int:
-    """Of a large batch on this machine."""
-    return TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_TOKENS
+    """Of a large batch in this process: as chosen, or what suits the machine."""
+    return _chosen_tokens or (TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_TOKENS)
+
+
+def use_batch_tokens(tokens: int) -> None:
+    """Lets every model of this process take so many tokens in a large batch, padding counted; 0: what suits the
+    machine. No result depends on it. Raises UserError where it is negative."""
+    global _chosen_tokens
+    if tokens < 0:
+        raise UserError(f"batch_tokens must not be negative, but is {tokens}")
+    _chosen_tokens = tokens
 
 
 def at_a_time() -> int:
@@ -121,12 +132,24 @@ def run_by_length(
     return run(one, by_length([len(row) for row in columns[0][0]]))
 
 
-def warm_up(forward: Callable[..., Any], columns: int, most: int, longest: int | None, shortest: int = 0) -> int:
-    """Runs `forward` on every shape that rows of `shortest` to `longest` tokens come in (None, and at most: `most`);
-    returns how many these are. No later call compiles."""
+def warm_up(
+    forward: Callable[..., Any],
+    columns: int,
+    most: int,
+    longest: int | None,
+    shortest: int = 0,
+    most_rows: int | None = None,
+) -> int:
+    """Runs `forward` on every shape that rows of `shortest` to `longest` tokens come in (None, and at most: `most`),
+    `most_rows` together at most; returns how many these are. No later call compiles."""
     longest = padded_length(min(max(longest or most, shortest), most))
     steps = [*ladder(), *range(2 * LADDER[-1], longest + 1, LADDER[-1])]
     steps = [n for n in steps if min(shortest, longest) <= n <= longest]
-    shapes = {(rows, min(length, most)) for length in steps for rows in row_counts(length, batch_tokens())}
+    shapes = {
+        (rows, min(length, most))
+        for length in steps
+        for rows in row_counts(length, batch_tokens())
+        if most_rows is None or rows <= most_rows
+    }
     ones = ([np.ones(shape, np.int32)] * columns for shape in sorted(shapes))
     return sum(1 for _ in run(lambda arrays: jax.block_until_ready(forward(*arrays)), ones))

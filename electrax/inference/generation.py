@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key, UInt32
 
 from electrax.config import UserError
 from electrax.data.tokenizer import Tokenizer
@@ -58,6 +58,24 @@ class CausalModel:
         forbidden = tuple({number for number in forbidden if number != t.sep_id})
         return jax.jit(functools.partial(continue_rows, self.config, length, sampling, t.sep_id, t.pad_id, forbidden))
 
+    def warm_up(
+        self, max_tokens: int = 64, sampling: Sampling = GREEDY, samples: int = 1, longest: int | None = None
+    ) -> int:
+        """Compiles what `generate` needs with these options for one prompt of up to `longest` tokens (None: of any
+        length), so that no later call does; returns how many programs these are."""
+        whole, rest = divmod(samples, ROWS)
+        sizes = {ROWS} if whole else set()
+        sizes |= {_rounded(rest)} if rest else set()
+        most = min(longest or self.max_length, self.max_length - 2)
+        shapes = {(rows, self._padded(1 + tokens)) for rows in sizes for tokens in range(most + 1)}
+        program = self._program(max_tokens, sampling)
+        for rows, length in sorted(shapes):
+            ids = np.full((rows, length), self.tokenizer.cls_id, np.int32)
+            # a limit of nothing ends it at once
+            counts = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+            jax.block_until_ready(program(self.params, ids, *counts, _keys(0, [(0, 0)] * rows)))
+        return len(shapes)
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -82,16 +100,13 @@ class CausalModel:
                     f"generate: prompt {number} has {len(row) - 1} tokens, but the model takes "
                     f"{self.max_length - 2} and one to write"
                 )
-        key, named = jax.random.key(seed), range(len(rows)) if numbers is None else numbers
+        named = range(len(rows)) if numbers is None else numbers
         todo = [(p, s) for p in sorted(range(len(rows)), key=lambda p: len(rows[p])) for s in range(samples)]
         found: list[list[Continuation]] = [[None] * samples for _ in rows]  # type: ignore[list-item]
         for place in range(0, len(todo), ROWS):
             some = todo[place : place + ROWS]
-            # few sizes are compiled
-            some = some + some[-1:] * (2 ** (len(some) - 1).bit_length() - len(some))
-            keys = jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(
-                jnp.array([named[p] for p, _ in some], jnp.uint32), jnp.array([s for _, s in some], jnp.uint32)
-            )
+            some = some + some[-1:] * (_rounded(len(some)) - len(some))
+            keys = _keys(seed, [(named[p], s) for p, s in some])
             decoded = self._continue([rows[p] for p, _ in some], keys, max_tokens, sampling)
             for (p, s), ids, length, score in zip(some, *decoded, strict=True):
                 ids = ids[:length]
@@ -102,14 +117,20 @@ class CausalModel:
         return found
 
     def _continue(self, rows: list[list[int]], keys: jax.Array, max_tokens: int, sampling: Sampling) -> Decoded:
-        longest = min(padded_length(max(map(len, rows))), self.max_length - 1)
+        longest = self._padded(max(map(len, rows)))
         ids = np.full((len(rows), longest), self.tokenizer.pad_id, np.int32)
         for number, row in enumerate(rows):
             ids[number, longest - len(row) :] = row
         lengths = np.array([len(row) for row in rows], np.int32)
         limits = np.minimum(max_tokens, self.max_length - lengths)
-        program = self._decode(int(limits.max()), sampling)
-        return jax.device_get(program(self.params, ids, lengths, limits, keys))
+        return jax.device_get(self._program(max_tokens, sampling)(self.params, ids, lengths, limits, keys))
+
+    def _program(self, max_tokens: int, sampling: Sampling) -> Callable[..., Decoded]:
+        """The same for every prompt, whose row ends at its limit."""
+        return self._decode(min(max_tokens, self.max_length - 1), sampling)
+
+    def _padded(self, length: int) -> int:
+        return min(padded_length(length), self.max_length - 1)
 
     def _text(self, prompt: list[int], ids: np.ndarray) -> str:
         """What stands after the prompt, so that both together are the whole text: a token may begin within a word."""
@@ -139,6 +160,21 @@ class CausalModel:
         ):
             total += float(found.astype(np.float64).sum())
         return Likelihood(tokens, total)
+
+
+def _rounded(rows: int) -> int:
+    """Up to a power of two, so that few sizes are compiled."""
+    return 2 ** (rows - 1).bit_length()
+
+
+def _keys(seed: int, numbers: Sequence[tuple[int, int]]) -> Key[Array, "B"]:
+    """Of each (prompt, sample)."""
+    return _fold(jax.random.key(seed), np.array(numbers, np.uint32))
+
+
+@jax.jit
+def _fold(key: Key[Array, ""], numbers: UInt32[Array, "B 2"]) -> Key[Array, "B"]:
+    return jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(numbers)
 
 
 def continue_rows(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from electrax.tasks.base import Params
 from electrax.tasks.template import TemplateTask
 
 POOLINGS = ("mean", "cls")
+Method = Literal["encode", "detect", "originality", "fill"]  # that can be compiled before it is called
 CAUSAL_KINDS = ("causal", "hybrid")  # of generators that continue texts
 
 
@@ -111,13 +112,29 @@ class PretrainedModel:
                     out[numbers, :length] = found[:, :length]
         return out
 
-    def warm_up(self, pooling: str | None = None, longest: int | None = None, packed: bool = False) -> int:
-        """Compiles what `encode` needs with this pooling, `packed` or not, for texts of up to `longest` tokens (None:
-        of any length), so that no later call does; returns how many programs these are. Seconds for each, less where
-        they are in JAX's compilation cache."""
-        self._check_pooling(pooling)
-        columns, shortest = (3, SHORTEST_ROW) if packed else (1, 0)
-        return warm_up(self._forward(pooling), columns, self.max_length, longest, shortest)
+    def warm_up(
+        self, pooling: str | None = None, longest: int | None = None, packed: bool = False, method: Method = "encode"
+    ) -> int:
+        """Compiles what a method needs, `encode` with this pooling and `packed` or not, for texts of up to `longest`
+        tokens (None: of any length), so that no later call does; returns how many programs these are. Seconds for each,
+        less where they are in JAX's compilation cache. For texts that are written there is `causal().warm_up`."""
+        if method == "encode":
+            self._check_pooling(pooling)
+            columns, shortest = (3, SHORTEST_ROW) if packed else (1, 0)
+            return warm_up(self._forward(pooling), columns, self.max_length, longest, shortest)
+        if pooling is not None or packed:
+            raise UserError(f"warm_up: pooling and packed are for encode, not for {method}")
+        programs = {
+            "detect": (self._check_detects, self._detect, 1),
+            "originality": (self._check_detects, self._detect, None),
+            "fill": (self._check_fills, self._fill, 1),
+        }
+        if method not in programs:
+            raise UserError(f"warm_up: expected the method encode, {', '.join(programs)}, not {method!r}")
+        check, program, rows = programs[method]
+        check(method)
+        forward = functools.partial(program, self.params)
+        return warm_up(lambda ids: forward(ids, self.tokenizer.pad_id), 1, self.max_length, longest, most_rows=rows)
 
     def detect(self, text: str) -> list[Token]:
         """Each token of the text with the probability that it was replaced."""

@@ -42,6 +42,7 @@ class PredictConfig:
     n_best: int = 1  # outputs of each text, of a model that writes texts, or answers of each question
     reranker: str = ""  # of a model that writes texts; a pretrained one that puts the most original outputs first
     compute_dtype: Literal["", "float32", "bfloat16"] = ""  # of matrix products; default: as in training
+    batch_tokens: int = 0  # of a large batch; fewer need less memory; 0: chosen for the device
 
 
 def predict_lines(

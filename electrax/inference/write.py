@@ -54,6 +54,7 @@ class ScoreConfig:
     by: Measure = "perplexity"
     stride: int = 0  # tokens between the windows of a text longer than the model (perplexity); 0: half a window
     whole: bool = False  # the file is one text (perplexity)
+    batch_tokens: int = 0  # of a large batch; fewer need less memory; 0: chosen for the device
 
     def __post_init__(self):
         if self.by != "perplexity" and (self.whole or self.stride):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from electrax.config import UserError
 from electrax.inference.batching import (
     LADDER,
     PASS,
@@ -17,6 +18,7 @@ from electrax.inference.batching import (
     row_counts,
     run,
     run_by_length,
+    use_batch_tokens,
     warm_up,
 )
 
@@ -49,6 +51,21 @@ def test_an_accelerator_has_fewer_lengths(monkeypatch):
 def test_a_length_has_three_sizes_of_batches():
     found = {length: row_counts(length, 512) for length in (8, 64, 96, 128, 512, 1024)}
     assert found == {8: [1, 16, 64], 64: [1, 2, 8], 96: [1, 5], 128: [1, 4], 512: [1, 2], 1024: [1, 2]}
+
+
+def test_a_large_batch_has_the_tokens_that_are_chosen():
+    def largest():
+        return max(len(numbers) * length for numbers, length in by_length([16] * 100, streams=1))
+
+    assert largest() == TOKENS
+    try:
+        use_batch_tokens(64)
+        assert largest() == 64
+    finally:
+        use_batch_tokens(0)
+    assert largest() == TOKENS
+    with pytest.raises(UserError, match="batch_tokens must not be negative, but is -1"):
+        use_batch_tokens(-1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 300])

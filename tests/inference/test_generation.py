@@ -15,6 +15,7 @@ from electrax.models.decoding import Sampling
 from electrax.models.encoder import Embeddings, EncoderConfig
 from electrax.models.generator import Generator
 from electrax.models.masks import padding_mask
+from tests.fixtures.compilations import compilations
 
 LINES = ["the cat sat on the mat", "a dog ran under the red mat", "big cats, small dogs and one blue hat"] * 20
 LENGTH = 16
@@ -103,6 +104,17 @@ def test_samples_depend_on_the_seed_the_prompt_and_their_number_alone(model):
     assert [each.text for each in two[0]] == [e.text for e in model.generate(["the"], 6, drawn, samples=3, seed=1)[0]]
     assert two != model.generate(["the", "a dog"], 6, drawn, samples=3, seed=2)
     assert len({each.text for each in two[0]}) > 1
+
+
+def test_after_warming_up_no_prompt_is_compiled_for(tokenizer):
+    model = make_model(tokenizer)
+    sampling = Sampling(temperature=0.5)
+    # prompts padded to 8 and 15 tokens, each with 16 and with 2 samples together
+    assert model.warm_up(5, sampling, samples=18) == 4
+    with compilations() as found:
+        for prompt in ("", "cat", "the cat sat on", "the cat sat on the mat the cat sat on"):
+            model.generate([prompt], 5, sampling, samples=18, seed=3)
+    assert not found
 
 
 def test_a_continuation_ends_before_a_stop_string(model):

@@ -152,6 +152,34 @@ def test_after_warming_up_nothing_is_compiled(tokenizer, pooling):
     assert found
 
 
+def test_methods_of_one_text_or_of_scores_can_be_compiled_before_too(tokenizer):
+    model = make_model(tokenizer)
+    lengths = 3  # padded to 8, 16 and 24 tokens
+    assert model.warm_up(longest=20, method="fill") == lengths
+    assert model.warm_up(longest=20, method="originality") == 3 * lengths
+    with compilations() as found:
+        for text in ("cat", "cat " * 17):
+            model.fill(text + " [MASK]")
+            model.detect(text)
+            model.originality([text] * 30)
+    assert not found
+    fresh = make_model(tokenizer)
+    assert fresh.warm_up(longest=20, method="detect") == lengths
+    with compilations() as found:
+        fresh.detect("cat")
+    assert not found
+
+
+def test_what_cannot_be_compiled_before_is_named(tokenizer, model):
+    message = "expected the method encode, detect, originality, fill, not 'classify'"
+    with unchecked_types(), pytest.raises(UserError, match=message):
+        model.warm_up(method="classify")
+    with pytest.raises(UserError, match="pooling and packed are for encode, not for detect"):
+        model.warm_up("mean", method="detect")
+    with pytest.raises(UserError, match="detect: this model was trained with masked LM alone"):
+        make_model(tokenizer, "mlm").warm_up(method="detect")
+
+
 def test_large_calls_in_several_threads_give_each_text_its_own_vectors(model):
     texts = [" ".join(WORDS[i % 5 : i % 5 + 1 + i % 7] * (1 + i % 5)) for i in range(400)]
     together = model.encode(texts, "mean")

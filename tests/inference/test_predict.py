@@ -13,6 +13,7 @@ import pytest
 
 import electrax
 from electrax.config import UserError
+from electrax.inference.batching import TOKENS, batch_tokens
 from electrax.inference.predict import PredictConfig, predict_lines
 from electrax.tasks.answers import question_figures
 from tests.fixtures.finetuning import (
@@ -153,6 +154,20 @@ def test_rows_beyond_those_that_are_read_together_keep_their_order(reviews, monk
     lines = ["the film was good", "the cat was bad", "", *["the dog was fine"] * 2, "", "", "", "the play was poor"]
     found = from_stdin(monkeypatch, "\n".join(lines), reviews, "-")
     assert [line.get("label") for line in found] == ["yes", "no", None, "yes", "yes", None, None, None, "no"]
+
+
+def test_the_tokens_of_a_batch_can_be_set_and_change_no_result(reviews, tmp_path):
+    source = write(tmp_path / "a.txt", "the film was good\nthe dog was poor\n" * 20)
+    whole = predict(reviews, source)
+    assert batch_tokens() == TOKENS
+    some = predict(reviews, source, "--batch_tokens", "32")
+    assert batch_tokens() == 32
+    assert [line["label"] for line in some] == ["yes", "no"] * 20
+    np.testing.assert_allclose([line["probability"] for line in some], [line["probability"] for line in whole], 1e-5)
+    with pytest.raises(UserError, match="batch_tokens must not be negative, but is -1"):
+        predict(reviews, source, "--batch_tokens=-1")
+    assert predict(reviews, source) == whole
+    assert batch_tokens() == TOKENS
 
 
 def test_letters_beyond_ascii_are_written_as_they_are(tmp_path, reviews):
