@@ -202,8 +202,7 @@ def show_profile(profile: Profile | None) -> None:
         return
     milliseconds = profile.seconds / profile.steps * 1e3
     rows = [(name, f"{share:.1%}") for name, share in profile.parts.items()]
-    title = f"{profile.steps} steps traced, {milliseconds:,.1f} ms each, devices at work {profile.busy:.1%} of the time"
-    show_table(title, ("part of their work", "share"), rows)
+    show_table(f"{profile.steps} steps traced, {milliseconds:,.1f} ms each", ("part", "share of the time"), rows)
 
 
 def _watchdog(run: Run) -> Watchdog:

@@ -26,14 +26,13 @@ PARTS = (
     (r"(dot_general|transpose)$", "matrix products"),
     (r"[/(](layer_\d+|Block_\d+|[Ee]ncoder|\w*[Hh]ead(\.transform)?)[/)]", "norms, activations, dropout"),
 )
-OTHER = "other"
+OTHER, HOST = "other", "host, devices waiting"
 
 
 class Profile(NamedTuple):
     steps: int
     seconds: float  # of all of them
-    busy: float  # the share of that time in which a device was at work
-    parts: dict[str, float]  # the share of the devices' time, largest first
+    parts: dict[str, float]  # their shares of that time, largest first
 
 
 class Program(NamedTuple):
@@ -103,9 +102,10 @@ class ProfiledStep:
         parts = Counter[str]()
         for (run, name), microseconds in own_time(events).items():
             parts[part_of(names.get(run, {}).get(name, ""))] += microseconds
-        total = sum(parts.values()) or 1.0
-        shares = {name: value / total for name, value in parts.most_common()}
-        return Profile(len(self._traced), self._seconds, busy_time(events) / 1e6 / self._seconds, shares)
+        # several devices or threads work at once: their parts share the time in which any did
+        total, busy = sum(parts.values()) or 1.0, min(1.0, busy_time(events) / 1e6 / self._seconds)
+        shares = Counter({name: busy * value / total for name, value in parts.items()} | {HOST: 1.0 - busy})
+        return Profile(len(self._traced), self._seconds, dict(shares.most_common()))
 
 
 def part_of(path: str) -> str:

@@ -15,6 +15,7 @@ from electrax.tasks.classify import ClassifyTask
 from electrax.tasks.rewrite import RewriteTask
 from electrax.training.optim import OptimizerConfig, make_optimizer
 from electrax.training.profile import (
+    HOST,
     ProfiledStep,
     Program,
     Run,
@@ -223,6 +224,17 @@ def test_the_time_of_compiling_a_new_shape_is_none_of_the_steps(tmp_path, sizes)
     assert found.steps == 5 and 0 < found.seconds < 1.0
 
 
+def test_the_time_in_which_devices_wait_is_the_hosts(tmp_path):
+    step, state = small_step()
+    profiled = ProfiledStep(step, tmp_path)
+    for _ in range(7):
+        state, _, _ = profiled(state, rows_of(4))
+        time.sleep(0.1)
+    found = profiled.finish()
+    assert found.parts[HOST] > 0.8 and found.seconds > 0.4
+    assert sum(found.parts.values()) == pytest.approx(1)
+
+
 def test_a_classifiers_profile_has_each_part_of_the_encoder_and_no_vocabulary(classifying, tmp_path, tiny):
     step, state, batch = classifying
     longer = batch | {"ids": np.concatenate([IDS, IDS], axis=1)}
@@ -230,7 +242,7 @@ def test_a_classifiers_profile_has_each_part_of_the_encoder_and_no_vocabulary(cl
     found = profile_of(step, jax.tree.map(jnp.copy, state), batches, tmp_path)
     assert sum(found.parts.values()) == pytest.approx(1)
     assert {"attention", "matrix products", NORMS, "embeddings", "optimizer"} <= found.parts.keys()
-    assert "vocabulary" not in found.parts and 0 < found.busy <= 1
+    assert "vocabulary" not in found.parts and 0 <= found.parts[HOST] < 1
 
 
 def test_a_profile_of_rewriting_has_the_vocabulary_and_both_attentions(rewriting, tmp_path, tiny):
