@@ -66,6 +66,30 @@ def test_xla_attention_equals_plain_with_its_gradients(mask):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("cudnn", marks=ON_GPU)])
+def test_attention_of_a_library_is_plain_attention_in_bfloat16_with_its_gradients(implementation, kind):
+    """At sizes that cuDNN takes, to within bfloat16's rounding."""
+    length, own = 128, np.array([[1] * 50 + [2] * 40 + [3] * 38, [1] * 100 + [0] * 28])
+    mask = padding_mask(jnp.asarray(own > 0)) if kind == "padded" else document_mask(jnp.asarray(own))
+    q, k, v, weights = jax.random.normal(jax.random.key(2), (4, 2, length, 2, 64))
+    weights = weights * (own > 0)[:, :, None, None]  # nobody reads what padding gives
+
+    def value_and_grads(implementation):
+        def weighed(q, k, v):
+            out = dot_product_attention(q, k, v, mask, implementation=implementation, seed=SEEDS, dtype=jnp.bfloat16)
+            return (out * weights).sum(), out * (weights != 0)
+
+        return jax.jit(jax.grad(weighed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    for one, other in zip(*map(jax.tree.leaves, map(value_and_grads, ("plain", implementation))), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        np.testing.assert_allclose(one, other, rtol=0, atol=0.02 * np.abs(one).max())
+
+
 @pytest.mark.parametrize("implementation", ["plain", "xla"])
 def test_a_query_that_sees_nothing_gives_finite_values_and_gradients(implementation):
     mask = jnp.zeros((B, 1, 1, L), bool)
