@@ -2,19 +2,16 @@
 
 import contextlib
 import io
-import lzma
 import math
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from electrax.config import UserError
+from electrax.data.compressed import BrokenData, open_decompressed
 from electrax.data.outside import MAX_DOCUMENT_BYTES, parse_json
-from electrax.data.readers import _decompressed, _zstd_error
 
 MAX_LINE_BYTES = 16 << 20  # of a line, and of a cell that runs over several
 SHOWN = 5  # bad rows in an error message
@@ -192,14 +189,14 @@ def open_binary(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
     """A file's decompressed bytes; what goes wrong in reading them is a UserError."""
     name = os.fspath(path)
     try:
-        with open(name, "rb", buffering=0) as raw, _decompressed(raw, Path(name).suffix) as file:
+        with open_decompressed(name) as (_, file):
             yield file
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
-    except (EOFError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
+    except BrokenData as error:
         raise UserError(f"{name}: truncated or broken compressed data ({error})") from None
-    except OSError as error:  # includes gzip.BadGzipFile, which has no errno
-        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

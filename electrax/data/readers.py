@@ -1,10 +1,7 @@
 """Text sources -> a stream of lines with document ends, in bounded memory."""
 
 import glob
-import io
-import lzma
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from electrax.config import UserError
+from electrax.data.compressed import COMPRESSED, BrokenData, open_decompressed
 from electrax.data.outside import parse_json, read_value
 from electrax.storage import on_this_machine
 
 TFDS_PREFIX = "tfds:"
-COMPRESSED = (".gz", ".xz", ".zst")
-# More bytes than MOST_ALWAYS out of MOST_TIMES fewer are taken for an attack; text gives 3 to 20 times as many.
-MOST_ALWAYS, MOST_TIMES = 256 << 20, 250
 
 
 class End:
@@ -82,7 +77,7 @@ class FileSource:
         """(line number from 1, line without its end)."""
         number = 0
         try:
-            with open(self.name, "rb", buffering=0) as raw, _decompressed(raw, Path(self.name).suffix) as file:
+            with open_decompressed(self.name) as (raw, file):
                 while line := file.readline(self.max_line_bytes + 1):
                     number += 1
                     log.position = raw.tell()
@@ -102,12 +97,10 @@ class FileSource:
                         log.bad("utf8", f"{where}, byte {column}: expected UTF-8, found 0x{byte:02x} ({error.reason})")
                         continue
                     yield number, text.rstrip("\r\n")
-        except (EOFError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
+        except BrokenData as error:
             log.bad("compression", f"{self.name}, after line {number}: truncated or broken compressed data ({error})")
-        except OSError as error:  # includes gzip.BadGzipFile, which is broken data
-            if error.errno is not None:
-                raise UserError(f"{self.name}, after line {number}: cannot read ({error.strerror})") from None
-            log.bad("compression", f"{self.name}, after line {number}: truncated or broken compressed data ({error})")
+        except OSError as error:
+            raise UserError(f"{self.name}, after line {number}: cannot read ({error.strerror})") from None
 
 
 @dataclass(frozen=True)
@@ -278,73 +271,3 @@ def _field_lines(value: Any, field: str, where: str, log: "LineReader") -> Itera
     yield from lines
     if lines:
         yield END
-
-
-def _decompressed(raw: io.FileIO, suffix: str) -> io.BufferedReader:
-    match suffix:
-        case ".gz":
-            import gzip
-
-            data = _Measured(raw, gzip.open(raw))
-        case ".xz":
-            data = _Measured(raw, lzma.open(raw))
-        case ".zst":
-            data = _Measured(raw, _Zstandard(raw))
-        case _:
-            data = raw
-    return io.BufferedReader(data, 1 << 18)
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
-
-
-class _Measured(io.RawIOBase):
-    """The decompressed `data` of a file, up to a bound on what so many bytes of it can honestly hold."""
-
-    def __init__(self, raw: io.FileIO, data: Any):
-        self._raw, self._data, self._size = raw, data, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        size = self._data.readinto(buffer)
-        self._size += size
-        if self._size > max(MOST_ALWAYS, MOST_TIMES * self._raw.tell()):
-            raise EOFError(f"more than {MOST_TIMES} times the bytes it is made of")
-        return size
-
-
-class _Zstandard(io.RawIOBase):
-    """Decompresses frame after frame. The library's own reader takes a truncated file for a complete one.
-
-    Input goes in by the kilobyte because one call returns all its output: at most 128 KiB for every 4 bytes.
-    """
-
-    def __init__(self, raw: io.FileIO):
-        self._raw = io.BufferedReader(raw, 1 << 18)
-        self._frame, self._input, self._output = None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        import zstandard
-
-        while not self._output:
-            data = self._input or self._raw.read(1024)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("ended within a zstandard frame")
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self._output, self._input = memoryview(self._frame.decompress(data)), b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size

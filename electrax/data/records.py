@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from electrax.config import UserError
+from electrax.data.compressed import COMPRESSED
 from electrax.data.examples import MAX_LINE_BYTES, Fault, Line, read_lines, short
 from electrax.data.outside import parse_json
-from electrax.data.readers import COMPRESSED, TFDS_PREFIX, find_sources
+from electrax.data.readers import TFDS_PREFIX, find_sources
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 DOCUMENT = re.compile(r"\[\s*(\{|$)|\{$")  # how JSON begins that is one value, not one a line

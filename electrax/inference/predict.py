@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from electrax.config import UserError
+from electrax.data.compressed import COMPRESSED
 from electrax.data.conll import iter_conll, iter_conllu
 from electrax.data.examples import BadRow, Fault, QuestionExample, TaggedExample, TextExample, decode_lines, text_fault
-from electrax.data.readers import COMPRESSED
 from electrax.data.squad import BadQuestion, iter_squad
 from electrax.data.tables import iter_table, iter_words
 from electrax.inference.classifier import Classifier

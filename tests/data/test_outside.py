@@ -3,7 +3,8 @@ import tracemalloc
 import pytest
 
 from electrax.config import UserError
-from electrax.data import examples, readers
+from electrax.data import compressed as compressed_files
+from electrax.data import examples
 from electrax.data.examples import BadRows, read_json
 from electrax.data.outside import is_file_name, parse_json, read_bytes, read_object
 from electrax.data.readers import LineReader, find_sources
@@ -96,8 +97,8 @@ def test_a_line_of_200_mb_is_refused_in_the_memory_of_the_longest_one(tmp_path, 
 @pytest.mark.parametrize("kind", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("line", [b"x", b"one,a\n", b"\n"], ids=["one line", "rows", "blank lines"])
 def test_a_compressed_bomb_is_refused_before_it_unfolds(tmp_path, monkeypatch, peak, kind, line):
-    monkeypatch.setattr(readers, "MOST_ALWAYS", 1 << 16)
-    monkeypatch.setattr(readers, "MOST_TIMES", 10)
+    monkeypatch.setattr(compressed_files, "MOST_ALWAYS", 1 << 16)
+    monkeypatch.setattr(compressed_files, "MOST_TIMES", 10)
     monkeypatch.setattr(examples, "MAX_LINE_BYTES", 1 << 16)
     data = compressed(kind, line * ((4 << 20) // len(line)))
     assert len(data) < 1 << 16
